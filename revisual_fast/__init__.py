@@ -1,0 +1,29 @@
+"""revisual-fast: a fast GRPO trainer for multimodal language models.
+
+The names below are the public API; they are imported on first use, so that ``import revisual_fast`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from revisual_fast.losses import PolicyObjective, TokenBatch
+    from revisual_fast.ops import linear_logprob, linear_policy_loss, policy_loss_from_logits
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PolicyObjective": "revisual_fast.losses",
+    "TokenBatch": "revisual_fast.losses",
+    "linear_logprob": "revisual_fast.ops",
+    "linear_policy_loss": "revisual_fast.ops",
+    "policy_loss_from_logits": "revisual_fast.ops",
+}
+
+__all__ = ["PolicyObjective", "TokenBatch", "linear_logprob", "linear_policy_loss", "policy_loss_from_logits"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'revisual_fast' has no attribute {name!r}")

@@ -1,0 +1,119 @@
+"""The command ``revisual-fast``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["main"]
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for an error of the user's, 2 for bad usage, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return int(options.run(options) or 0)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"revisual-fast: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("revisual-fast: stopped", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="revisual-fast", description="A fast GRPO trainer for multimodal models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run the curriculum of a configuration")
+    _with_config(train)
+    start = train.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="continue the run in run.dir exactly where it was saved")
+    start.add_argument("--overwrite", action="store_true", help="delete the run in run.dir and start again")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="accuracy of a model on the configuration's held-out data")
+    _with_config(evaluate)
+    evaluate.add_argument("--model", metavar="DIR", help="the model to evaluate (default: model.path)")
+    evaluate.set_defaults(run=_evaluate)
+
+    init = commands.add_parser("init", help="build a starting model from packages, without a download")
+    init.add_argument("kind", choices=("tiny-vl", "smollm2-vl"))
+    init.add_argument("directory", type=Path)
+    init.set_defaults(run=_init)
+
+    report = commands.add_parser("report", help="write report.html and report.json of a run again")
+    report.add_argument("directory", type=Path)
+    report.set_defaults(run=_report)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, backends, and what is missing")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _with_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/quickstart.yaml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one setting, for example train.max_steps=3",
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    from revisual_fast.config import load_config
+
+    config = load_config(options.config, options.set)
+    from revisual_fast.curriculum import Interrupted, NonFiniteError, train
+
+    try:
+        html = train(config, resume=options.resume, overwrite=options.overwrite)
+    except Interrupted as stop:
+        print(stop)
+        return INTERRUPTED
+    except NonFiniteError as error:
+        print(f"revisual-fast: {error}", file=sys.stderr)
+        return 1
+    print(f"report: {html}\nnumbers: {html.with_name('report.json')}\nplots: {html.parent / 'plots'}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from revisual_fast.config import load_config
+
+    config = load_config(options.config, options.set)
+    from revisual_fast.evaluate import evaluate_model
+
+    for name, result in evaluate_model(config, options.model or config.model.path).items():
+        print(
+            f"{name}: accuracy {result['accuracy']:.4f}, n {result['n']}, mean length {result['length_mean']:.1f} tokens"
+        )
+    return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    from revisual_fast.policy.init import build
+
+    print(*build(options.kind, options.directory), sep="\n")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from revisual_fast.telemetry import write_report
+
+    print(*write_report(options.directory), sep="\n")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from revisual_fast.doctor import run_doctor
+
+    return run_doctor()

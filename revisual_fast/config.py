@@ -1,0 +1,426 @@
+"""Configuration: YAML files read into strict pydantic models. Imports neither torch nor transformers.
+
+A file may name another with ``extends: ../base.yaml``; mappings are merged key by key, everything else is replaced.
+``--set a.b=c`` overrides one key; its value is read as YAML. An unknown key, a wrong type and a value out of range all
+raise :class:`ConfigError` that names the file, the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+__all__ = ["Config", "ConfigError", "load_config"]
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the value and the fix."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True, strict=False)
+
+
+class RunConfig(Section):
+    dir: str
+    """Where everything of this run goes: checkpoints, models, metrics, report."""
+    seed: int = 0
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms only (the CPU is deterministic without it)."""
+    threads: Positive | None = None
+    """CPU threads for torch; null leaves torch's own choice."""
+
+
+class LoraConfig(Section):
+    rank: Positive = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Share = 0.0
+    target_modules: str | list[str] = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+
+
+class ModelConfig(Section):
+    path: str
+    """A directory or hub id that transformers can load."""
+    init: Literal["tiny-vl", "smollm2-vl"] | None = None
+    """Build this model into ``path`` if nothing is there yet."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["auto", "sdpa"] = "auto"
+    device: str = "auto"
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    min_pixels: Positive | None = None
+    max_pixels: Positive | None = None
+    trust_remote_code: Literal[False] = False
+
+
+class ChatConfig(Section):
+    system: str | None = None
+    """System prompt put before every prompt."""
+    prefix: str = ""
+    """Text before every prompt."""
+    suffix: str = ""
+    """Text after every prompt."""
+
+
+class DatasetConfig(Section):
+    path: str | list[str] | None = None
+    """JSONL, JSON or parquet file(s), relative to the configuration file; globs allowed."""
+    hub: str | None = None
+    """A `datasets` id (or a local directory that `datasets.load_dataset` takes)."""
+    hub_config: str | None = None
+    split: str = "train"
+    function: str | None = None
+    """``package.module:function`` or ``file.py:function`` that returns an iterable of records (mappings)."""
+    args: dict[str, Any] = {}
+    prompt: str = "{problem}"
+    """A template over the record's fields. ``<image>`` in the result says where an image goes (default: in front)."""
+    answer: str | None = "{answer}"
+    response: str | None = None
+    """A template for the target of supervised fine-tuning."""
+    images: str | list[str] | None = None
+    """The field(s) that hold images: a path, bytes, a list of these, or what `datasets` makes of an image."""
+    image_root: str | None = None
+    """Folder that image paths are relative to; default: the folder of the data file."""
+    options: str | None = None
+    """The field that holds a question's answer options; ``{options}`` in ``prompt`` lists them by letter."""
+    replace: list[tuple[str, str]] = []
+    """Regular expressions and what to put for them, applied to the response."""
+    verifier: Literal["math", "choice", "exact", "number"] = "math"
+    limit: Positive | None = None
+    on_bad_record: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DatasetConfig:
+        if sum(source is not None for source in (self.path, self.hub, self.function)) != 1:
+            raise ValueError("give exactly one of path, hub, function")
+        return self
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = 1e-6
+    vision_lr: PositiveFloat | None = None
+    """Learning rate of the vision tower (with its merger); null: the same as ``lr``."""
+    weight_decay: NonNegative = 1e-2
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: Share = 0.0
+    """Share of the stage's updates over which the learning rate rises linearly."""
+    min_lr_ratio: Share = 0.0
+    """Where cosine and linear end, as a share of ``lr``."""
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class SamplingConfig(Section):
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Count = 0
+
+
+class ObjectiveConfig(Section):
+    preset: Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "cispo", "sapo", "luspo", "reinforce"] = "grpo"
+    clip_low: NonNegative | None = None
+    clip_high: NonNegative | None = None
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    delta: PositiveFloat | None = None
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl_coef: NonNegative = 0.0
+    """0: no reference model is loaded."""
+    kl_bias_correction: bool = False
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] | None = None
+    """null: the preset's own."""
+
+
+class EntropyConfig(Section):
+    """Coefficient of the true-entropy bonus at update k: 0 if k < warmup, else max(floor, start * decay^(k-warmup))."""
+
+    start: NonNegative = 0.0
+    warmup: Count = 0
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    floor: NonNegative = 0.0
+
+
+class AdvantageConfig(Section):
+    scale: Literal["std", "none"] = "std"
+    eps: PositiveFloat = 1e-6
+
+
+class PadConfig(Section):
+    """Prioritized Advantage Distillation; see docs/method.md."""
+
+    mode: Literal["paper", "released", "filter", "sample", "off"] = "paper"
+    rho: Annotated[float, Field(gt=0, le=1)] = 1.0
+    t_low: PositiveFloat = 1e-4
+    t_high: PositiveFloat = float("inf")
+    tau_start: PositiveFloat = 1.0
+    tau_end: PositiveFloat = 0.3
+
+
+class RewardConfig(Section):
+    weight: float = 1.0
+    function: str | None = None
+    """``package.module:function`` or ``file.py:function``; null: the built-in reward of this name."""
+    args: dict[str, Any] = {}
+
+
+class StageBase(Section):
+    data: list[str]
+    steps: Positive | None = None
+    """Optimizer steps (sft) or rollout steps (grpo). Exactly one of steps, epochs."""
+    epochs: PositiveFloat | None = None
+    max_prompt_tokens: Positive = 8192
+    freeze_vision: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> StageBase:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps, epochs")
+        return self
+
+
+class SFTConfig(StageBase):
+    kind: Literal["sft"]
+    batch_size: Positive = 128
+    """Sequences per optimizer step."""
+    max_length: Positive = 32768
+    """Tokens of prompt and response together; a longer record is a bad record."""
+
+
+class GRPOConfig(StageBase):
+    kind: Literal["grpo"]
+    rollout_batch: Positive = 512
+    """Prompts per rollout step."""
+    update_batch: Positive | None = None
+    """Prompts per optimizer update; null: all of the rollout step's, which is strictly on-policy."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    max_response_tokens: Positive = 8192
+    sampling: SamplingConfig = SamplingConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    entropy: EntropyConfig = EntropyConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    pad: PadConfig = PadConfig()
+    rewards: dict[str, RewardConfig] = {"accuracy": RewardConfig()}
+
+    @model_validator(mode="after")
+    def _batches(self) -> GRPOConfig:
+        if self.update_batch is not None and self.rollout_batch % self.update_batch:
+            raise ValueError(f"update_batch {self.update_batch} must divide rollout_batch {self.rollout_batch}")
+        if "accuracy" not in self.rewards:
+            raise ValueError("rewards needs a component named accuracy (weight 0 is allowed)")
+        return self
+
+
+StageConfig = Annotated[SFTConfig | GRPOConfig, Field(discriminator="kind")]
+
+
+class TrainConfig(Section):
+    max_steps: Positive | None = None
+    """Cut every stage after this many steps."""
+    micro_batch_tokens: Positive = 16384
+    """Packed tokens per forward and backward pass."""
+    max_nonfinite: Positive = 3
+    """Stop after this many steps in a row with a non-finite loss or gradient."""
+
+
+class CheckpointConfig(Section):
+    every: Positive = 50
+    """Steps between checkpoints; one more is written at the end of every stage and on Ctrl-C."""
+    keep: Positive = 2
+
+
+class RolloutConfig(Section):
+    engine: Literal["hf"] = "hf"
+    max_batch: Positive = 1024
+    """Sequences decoded at once by the embedded engine."""
+
+
+class EvaluationConfig(Section):
+    heldout: dict[str, str] = {}
+    """Name in the report -> dataset. Evaluated greedily before training and after every stage."""
+    validation: dict[str, str] = {}
+    """Name -> dataset, evaluated every ``every`` steps."""
+    every: Positive | None = None
+    max_samples: Positive | None = None
+    max_response_tokens: Positive = 1024
+
+
+class TelemetryConfig(Section):
+    trackio: str | None = None
+    """Project name; null: off."""
+    wandb: str | None = None
+    samples_every: Positive = 10
+    """Steps between stored sample rollouts."""
+    progress: bool = True
+
+
+class Config(Section):
+    run: RunConfig
+    model: ModelConfig
+    chat: ChatConfig = ChatConfig()
+    data: dict[str, DatasetConfig]
+    stages: dict[str, StageConfig]
+    curriculum: list[str]
+    """Which stages run, in this order."""
+    train: TrainConfig = TrainConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+    @model_validator(mode="after")
+    def _names(self) -> Config:
+        _known("curriculum", self.curriculum, self.stages)
+        if not self.curriculum or len(set(self.curriculum)) != len(self.curriculum):
+            raise ValueError("curriculum must name at least one stage, and each at most once")
+        for name, stage in self.stages.items():
+            _known(f"stages.{name}.data", stage.data, self.data)
+            if not stage.data:
+                raise ValueError(f"stages.{name}.data: name at least one dataset")
+            missing = [d for d in stage.data if isinstance(stage, SFTConfig) and self.data[d].response is None]
+            if missing:
+                raise ValueError(f"stages.{name} is sft: data.{missing[0]}.response must say what the target is")
+        _known("evaluation.heldout", list(self.evaluation.heldout.values()), self.data)
+        _known("evaluation.validation", list(self.evaluation.validation.values()), self.data)
+        return self
+
+
+def _known(where: str, names: list[str], known: dict[str, Any]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{where}: {name!r} is not defined{_nearest(name, list(known))}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read ``path``, apply ``overrides`` (each ``a.b=c``) and validate.
+
+    Relative data paths in the file are resolved against the file's folder; ``run.dir`` and ``model.path`` against the
+    working directory. Raises :class:`ConfigError`.
+    """
+    path = Path(path)
+    tree = _read(path, seen=())
+    for override in overrides or []:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, tree, e) for e in error.errors())) from None
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping in ``path``, merged over what it extends, with its data paths made absolute."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: extends itself through {' -> '.join(str(p) for p in seen)}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(tree).__name__}")
+    _absolute_paths(tree, path.resolve().parent)
+    base = tree.pop("extends", None)
+    return tree if base is None else _merge(_read(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _absolute_paths(tree: dict[str, Any], folder: Path) -> None:
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(v) for v in value]
+        return str(folder / value) if isinstance(value, str) else value
+
+    def absolute_function(value: Any) -> Any:
+        file, _, name = str(value).rpartition(":")
+        return f"{folder / file}:{name}" if file.endswith(".py") else value
+
+    for dataset in (tree.get("data") or {}).values():
+        for key in ("path", "image_root"):
+            if isinstance(dataset, dict) and dataset.get(key) is not None:
+                dataset[key] = absolute(dataset[key])
+    functions = list((tree.get("data") or {}).values())
+    for stage in (tree.get("stages") or {}).values():
+        functions += list((stage.get("rewards") or {}).values()) if isinstance(stage, dict) else []
+    for section in functions:
+        if isinstance(section, dict) and section.get("function"):
+            section["function"] = absolute_function(section["function"])
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, for example train.max_steps=3")
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for i, name in enumerate(parents):
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {'.'.join(parents[: i + 1])} is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+    if isinstance(node[leaf], str):  # YAML 1.1 reads 1e-6 as text
+        with contextlib.suppress(ValueError):
+            node[leaf] = float(node[leaf])
+
+
+def _explain(path: Path, tree: dict[str, Any], error: Any) -> str:
+    """One line for one pydantic error: file, key, what is wrong, what is allowed."""
+    key = ".".join(str(part) for part in error["loc"] if part not in ("sft", "grpo"))
+    if error["type"] == "extra_forbidden":
+        parent, _, leaf = key.rpartition(".")
+        fields = _fields_at(parent.split(".") if parent else [], tree)
+        return f"{path}: unknown key {key!r}{_nearest(leaf, fields)}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] in ("missing", "value_error") else f" (given: {error['input']!r})"
+    return f"{path}: {key or 'configuration'}: {message}{given}"
+
+
+def _fields_at(parts: list[str], tree: dict[str, Any]) -> list[str]:
+    """Names of the fields allowed in the section at ``parts``; for suggestions only."""
+    model: Any = Config
+    node: Any = tree
+    for part in parts:
+        node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[part].annotation
+        elif get_args(model) and get_args(model)[0] is str:  # dict[str, Section]
+            model = get_args(model)[1]
+        model = _pick(model, node)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _pick(model: Any, node: Any) -> Any:
+    """The section class inside an optional or a stage union."""
+    while hasattr(model, "__metadata__"):
+        model = model.__origin__
+    if get_args(model) == (SFTConfig, GRPOConfig):
+        return GRPOConfig if isinstance(node, dict) and node.get("kind") == "grpo" else SFTConfig
+    sections = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)]
+    optional = type(None) in get_args(model)
+    return sections[0] if optional and sections else model

@@ -1,0 +1,148 @@
+"""A Qwen2.5-VL of under two million parameters with random weights and a small tokenizer, for the quickstart and tests.
+
+The tokenizer knows the words of the package's own data (:mod:`revisual_fast.data.digits`) and every printable ASCII
+character, so any ASCII text survives ``decode(encode(text))`` unchanged; digits are always single tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from revisual_fast.policy.init.shared import (
+    CHAT_TEMPLATE,
+    VIDEO_TOKEN,
+    VISION_TOKENS,
+    InitError,
+    new_directory,
+    save_image_processor,
+)
+
+__all__ = ["WORDS", "build_tiny_vl", "tiny_tokenizer"]
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS, VIDEO_TOKEN, "<unk>")
+
+WORDS = (
+    *("system\n", "user\n", "assistant\n"),
+    *("<think>", "</think>", "\\boxed{"),
+    *(" + ", " = ", " < ", " > ", " or ", ", ", "; ", ", carry "),
+    *("Read ", "Which ", "is ", "larger"),
+)
+"""Tokens longer than a character. Spaces belong to words and signs, never to digits, so that digits join up."""
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The word-level tokenizer: the longest of :data:`WORDS` that fits, otherwise one character.
+
+    ``<|im_end|>`` ends a sequence, ``<|endoftext|>`` pads, and a character that is not printable ASCII is ``<unk>``.
+    """
+    characters = [c for c in string.printable if c not in "\t\r\x0b\x0c"]
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *WORDS, *characters))}
+    longest_first = sorted(WORDS, key=len, reverse=True)
+    pattern = "|".join([re.escape(word) for word in longest_first] + [r"[\s\S]"])
+
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        additional_special_tokens=[t for t in SPECIAL if t not in ("<|im_end|>", "<|endoftext|>", "<unk>")],
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_tiny_vl(
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    hidden: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    intermediate: int = 384,
+    vision_hidden: int = 128,
+    vision_depth: int = 2,
+    max_pixels: int = 28 * 28 * 16,
+) -> Path:
+    """Write the model, its tokenizer and its image settings (fp32, HF format) to ``directory`` and return its path.
+
+    ``hidden / heads`` (the head's width) must be a multiple of 16, so that M-RoPE's sections come out whole;
+    ``max_pixels`` is what a larger image is scaled down to: 784 pixels are one token. The same arguments give the same
+    weights. Raises :class:`InitError` if ``directory`` is not empty or the sizes do not fit.
+    """
+    if hidden % heads or (hidden // heads) % 16 or heads % 2:
+        raise InitError(f"hidden {hidden} / heads {heads} must be a multiple of 16, and heads even")
+    if vision_hidden % 64:
+        raise InitError(f"vision_hidden {vision_hidden} must be a multiple of 64 (four heads)")
+    with new_directory(directory) as made:
+        tokenizer = tiny_tokenizer()
+        config = _config(tokenizer, hidden, layers, heads, intermediate, vision_hidden, vision_depth)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Qwen2_5_VLForConditionalGeneration(config)
+        model.generation_config = GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        save_image_processor(made, min_pixels=28 * 28, max_pixels=max_pixels)
+    return Path(directory)
+
+
+def _config(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden: int,
+    layers: int,
+    heads: int,
+    intermediate: int,
+    vision_hidden: int,
+    vision_depth: int,
+) -> Qwen2_5_VLConfig:
+    pairs = hidden // heads // 2  # rotary frequencies of a head: a quarter for time, the rest halved for height, width
+    section = [pairs // 4, pairs * 3 // 8, pairs * 3 // 8]
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    start, image, end, video = tokenizer.convert_tokens_to_ids([*VISION_TOKENS, VIDEO_TOKEN])
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section},
+            **ends,
+        },
+        vision_config={
+            "depth": vision_depth,
+            "hidden_size": vision_hidden,
+            "intermediate_size": 2 * vision_hidden,
+            "num_heads": 4,
+            "out_hidden_size": hidden,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "window_size": 28,
+            "fullatt_block_indexes": [vision_depth - 1],
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        tie_word_embeddings=False,
+        dtype="float32",
+        **ends,
+    )

@@ -1,0 +1,81 @@
+"""Loading and saving policies: from disk or a hub id, with LoRA where it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from revisual_fast.config import LoraConfig, ModelConfig
+from revisual_fast.policy.families import family_for
+from revisual_fast.policy.model import Policy
+
+__all__ = ["export_model", "load_policy", "pick_device"]
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first CUDA device, or the CPU where there is none. Raises ValueError for a device that is absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"model.device: {name} was asked for, but torch sees no CUDA device (try `revisual-fast doctor`)"
+        )
+    return torch.device(name)
+
+
+def load_policy(path: str | Path, config: ModelConfig, *, adapter: Path | None = None) -> Policy:
+    """The model at ``path`` as a policy; with ``config.lora`` wrapped by peft, its weights read from ``adapter`` if given.
+
+    Raises ValueError where there is no model, or the model's family is not supported.
+    """
+    try:
+        model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(f"model.path: no model at {path}: {error}") from None
+    family_for(model_config.model_type)  # refuses before gigabytes are read
+    dtype = getattr(torch, config.dtype)
+    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+    if config.lora is not None:
+        model = _with_lora(model, config.lora, adapter)
+    policy = Policy(model.to(pick_device(config.device)))
+    model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return policy
+
+
+def _with_lora(model: Any, config: LoraConfig, adapter: Path | None) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ValueError("model.lora needs peft: pip install peft") from None
+    if adapter is not None:
+        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=config.target_modules,
+        ),
+    )
+
+
+def export_model(policy: Policy, folder: Path) -> None:
+    """Write the whole model, adapters merged in, so that ``AutoModelForImageTextToText.from_pretrained`` loads it.
+
+    The policy itself is not touched: merging and unmerging in place would leave rounding behind.
+    """
+    base = policy.base
+    if base is policy.model:
+        base.save_pretrained(folder)
+        return
+    weights = {n.replace(".base_layer.", "."): w for n, w in base.state_dict().items() if ".lora_" not in n}
+    for name, module in base.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + module.get_delta_weight("default")
+    base.save_pretrained(folder, state_dict=weights)

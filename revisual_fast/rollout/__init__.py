@@ -1,0 +1,1 @@
+"""Generation of completions: the engine protocol and the embedded engine."""

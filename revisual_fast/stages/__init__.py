@@ -1,0 +1,1 @@
+"""The stages of the curriculum: supervised fine-tuning and GRPO."""

@@ -1,0 +1,55 @@
+"""Supervised fine-tuning: cross-entropy on the responses, through the same packed rows and the same fused loss as RL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from revisual_fast.config import SFTConfig
+from revisual_fast.losses import PolicyObjective, TokenBatch
+from revisual_fast.ops import linear_policy_loss
+from revisual_fast.packing import Group, split_groups
+from revisual_fast.stages.stage import Stage, StageContext, Stopwatch
+
+__all__ = ["SFTStage"]
+
+
+class SFTStage(Stage):
+    """Each step: ``batch_size`` records, mean cross-entropy over their response tokens, one optimizer update."""
+
+    def __init__(self, context: StageContext, stage: SFTConfig):
+        super().__init__(context, stage, batch=stage.batch_size)
+        self.batch_size = stage.batch_size
+        self.objective = PolicyObjective.preset("sft")
+
+    def step(self, clock: Stopwatch) -> dict[str, Any]:
+        with clock("data"):
+            examples = self.draw(self.batch_size)
+            groups = [Group(e.prompt, [e.response]) for e in examples if e.response is not None]
+        with clock("update"):
+            metrics = self._update(groups)
+        tokens = sum(group.tokens("shared") for group in groups)
+        metrics["throughput/update"] = tokens / clock.seconds["update"]
+        return metrics
+
+    def _update(self, groups: list[Group]) -> dict[str, Any]:
+        targets = sum(len(c) for group in groups for c in group.completions)
+        loss = torch.zeros((), device=self.policy.device)
+        for micro in split_groups(groups, self.context.config.train.micro_batch_tokens):
+            batch = self.policy.pack(
+                [Group(groups[g].prompt, [groups[g].completions[i] for i in part]) for g, part in micro]
+            )
+            weight = torch.full(batch.targets.shape, 1 / targets, device=self.policy.device)
+            out = linear_policy_loss(
+                self.policy.hidden(batch),
+                self.policy.head_weight,
+                batch.targets,
+                TokenBatch(advantages=None, weight=weight),
+                self.objective,
+                bias=self.policy.head_bias,
+            )
+            out.loss.backward()
+            loss += out.loss.detach()
+        value = float(loss)
+        return {"loss": value, **self.apply_gradients(value)}

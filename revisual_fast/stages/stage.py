@@ -1,0 +1,172 @@
+"""What both kinds of stage share: drawing examples, micro-batches, the guarded optimizer step, and their state."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from revisual_fast.config import Config, SFTConfig, StageBase
+from revisual_fast.data.processor import Example, Processor
+from revisual_fast.data.records import PROMPT_TOO_LONG, RESPONSE_TOO_LONG, BadRecords, Record
+from revisual_fast.data.sampler import Sampler
+from revisual_fast.optim import Optimizer, lr_factor
+from revisual_fast.policy.model import Policy
+from revisual_fast.seeds import seed_for
+from revisual_fast.telemetry import Progress
+
+__all__ = ["NonFiniteError", "Stage", "StageContext", "Stopwatch"]
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+@dataclass
+class StageContext:
+    """What a stage works with."""
+
+    name: str
+    config: Config
+    policy: Policy
+    processor: Processor
+    records: list[Record]
+    bad_records: BadRecords
+    progress: Progress
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per phase of one step."""
+
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self.progress.phase(phase)
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class Stage:
+    """One stage of the curriculum. A subclass says in :meth:`step` what a step is."""
+
+    def __init__(self, context: StageContext, stage: StageBase, *, batch: int, updates_per_step: int = 1):
+        self.context = context
+        self.policy = context.policy
+        self.processor = context.processor
+        self.stage = stage
+        if not context.records:
+            raise ValueError(f"stages.{context.name}.data: no usable records in {', '.join(stage.data)}")
+        self.sampler = Sampler(len(context.records), seed_for(context.config.run.seed, context.name, "order"))
+        self.total_steps = self._total_steps(batch)
+        self.total_updates = self.total_steps * updates_per_step
+        if stage.freeze_vision:
+            self.policy.freeze_vision()
+        self.optimizer = Optimizer(self.policy.model.named_parameters(), stage.optimizer, self.policy.family.is_vision)
+        self.position = 0  # records drawn so far, bad ones included
+        self.steps = 0
+        self.updates = 0
+        self.skipped = 0  # optimizer updates left out
+        self.nonfinite_in_a_row = 0
+
+    def _total_steps(self, batch: int) -> int:
+        limit = self.context.config.train.max_steps or math.inf
+        epochs = self.stage.epochs or 0.0
+        steps = self.stage.steps or math.ceil(epochs * len(self.context.records) / batch)
+        return int(min(steps, limit))
+
+    def step(self, clock: Stopwatch) -> dict[str, Any]:
+        """One step; returns its metrics."""
+        raise NotImplementedError
+
+    def run_step(self) -> dict[str, Any]:
+        """One step with its seeds, counters and clock."""
+        torch.manual_seed(self.seed("torch"))
+        start = time.perf_counter()
+        clock = Stopwatch(self.context.progress)
+        metrics = self.step(clock)
+        self.steps += 1
+        metrics |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
+        metrics["time/step"] = time.perf_counter() - start
+        metrics["updates/skipped"] = self.skipped
+        return metrics
+
+    def seed(self, purpose: str) -> int:
+        """The seed of ``purpose`` in the current step."""
+        return seed_for(self.context.config.run.seed, self.context.name, self.steps, purpose)
+
+    def draw(self, count: int) -> list[Example]:
+        """The next ``count`` usable examples in sampling order; bad records are handled as configured."""
+        examples: list[Example] = []
+        rejected = 0
+        while len(examples) < count:
+            record = self.context.records[self.sampler.index(self.position)]
+            self.position += 1
+            example = self._encode(record)
+            if example is not None:
+                examples.append(example)
+                rejected = 0
+            elif (rejected := rejected + 1) >= len(self.context.records):
+                raise ValueError(f"stages.{self.context.name}.data: every record is bad; see the counts in the report")
+        return examples
+
+    def _encode(self, record: Record) -> Example | None:
+        bad, policy = self.context.bad_records, self.context.config.data[record.dataset].on_bad_record
+        sft = isinstance(self.stage, SFTConfig)
+        example = self.processor.encode_or_report(record, bad, policy, with_response=sft)
+        if example is None:
+            return None
+        tokens, limit = len(example.prompt.ids), self.stage.max_prompt_tokens
+        if tokens > limit:
+            bad.handle(policy, record.source, PROMPT_TOO_LONG, f"{tokens} tokens, max_prompt_tokens is {limit}")
+            return None
+        if isinstance(self.stage, SFTConfig):
+            assert example.response is not None
+            tokens += len(example.response)
+            if tokens > self.stage.max_length:
+                detail = f"{tokens} tokens with the prompt, max_length is {self.stage.max_length}"
+                bad.handle(policy, record.source, RESPONSE_TOO_LONG, detail)
+                return None
+        return example
+
+    def apply_gradients(self, loss: float) -> dict[str, float]:
+        """The optimizer step for an accumulated gradient; skipped and counted where loss or gradient is not finite."""
+        factor = lr_factor(self.stage.optimizer, self.updates, self.total_updates)
+        self.updates += 1
+        if math.isfinite(loss):
+            norm = self.optimizer.step(factor)
+        else:
+            self.optimizer.zero_grad()
+            norm = math.nan
+        if math.isfinite(norm):
+            self.nonfinite_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.nonfinite_in_a_row += 1
+            limit = self.context.config.train.max_nonfinite
+            self.context.progress.message(
+                f"{self.context.name}: non-finite loss or gradient, update skipped ({self.nonfinite_in_a_row} of {limit})"
+            )
+            if self.nonfinite_in_a_row >= limit:
+                raise NonFiniteError(
+                    f"{limit} updates in a row had a non-finite loss or gradient (train.max_nonfinite)"
+                )
+        return {"optim/lr": self.stage.optimizer.lr * factor, "optim/grad_norm": norm}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stage's place, JSON-able; seeds and schedules are functions of it."""
+        names = ("position", "steps", "updates", "skipped", "nonfinite_in_a_row")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
