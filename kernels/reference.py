@@ -262,7 +262,7 @@ def policy_pass(source: Source, sink: Sink | None, targets: Tensor, plan: Plan) 
 
 
 def _scaled(gradient: Tensor | None, by: Tensor, out: Tensor | None = None) -> Tensor | None:
-    """``gradient * by`` without rounding the scalar to the gradient's dtype first: on CUDA it has to promote, as ``[1]``."""
+    """``gradient * by``, the scalar not rounded to the gradient's dtype: on CUDA it has to promote, as ``[1]``."""
     if gradient is None:
         return None
     by = by.reshape(1) if gradient.is_cuda else by

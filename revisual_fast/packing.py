@@ -99,11 +99,11 @@ def pack_groups(
     for group in groups:
         if any(len(c) == 0 for c in group.completions):
             raise ValueError("a completion must have at least one token")
-        prompt_positions = positions(group.prompt.ids, group.prompt.grids)
         features = images.add(group.prompt)
         slots = (group.prompt.ids == image_token_id).nonzero().flatten()
         if len(slots) != len(features):
             raise ValueError(f"the prompt has {len(slots)} image tokens, but its images give {len(features)} features")
+        prompt_positions = positions(group.prompt.ids, group.prompt.grids)
         if layout == "shared" and len(group.completions) != 1:
             row.add_shared(group, prompt_positions, slots, features)
         else:

@@ -76,7 +76,7 @@ def plot_run(run_dir: str | Path) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     with mpl.rc_context(_STYLE):
         for name, (title, unit, draw) in _FIGURES.items():
-            figure = Figure(figsize=(5.6, 3.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+            figure = Figure(figsize=(5.6, 3.4), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
             FigureCanvasAgg(figure)
             axes = figure.add_subplot()
             if not draw(axes, metrics, evaluations):
@@ -104,8 +104,8 @@ def _finish(axes: Axes, title: str, unit: str, bands: list[Band]) -> None:
     if bands:
         axes.set_xlim(bands[0].start, max(band.end for band in bands))
     raised = _name_bands(axes, bands)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"))
     axes.set_xlabel("global step")
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", pad=30 if raised else 18)
@@ -221,5 +221,6 @@ _FIGURES: dict[str, tuple[str, str, Callable[[Axes, Records, Records], bool]]] =
     "entropy": ("Entropy", "nats per token", _single("policy/entropy", COLOURS[3])),
     "length": ("Response length", "mean tokens", _single("response/length_mean", COLOURS[4])),
     "throughput": ("Throughput", "tokens per second", _draw_throughput),
+    "grad_norm": ("Gradient norm", "before clipping", _single("optim/grad_norm", COLOURS[6])),
     "loss": ("Cross-entropy", "supervised stages, nats per token", _draw_loss),
 }

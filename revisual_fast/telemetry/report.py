@@ -1,1 +1,265 @@
-def write_report(run_dir): ...
+"""The report of a run: ``report.json`` for programs and a self-contained ``report.html`` for people.
+
+Both are made from the files in ``run.dir`` alone: the JSONL files of :mod:`.sinks` and ``run.json`` of the trainer
+(configuration, versions, device, header lines, finished stages). A run that is still going, or was killed, gives a report
+too; what is not there is listed under ``"missing"``.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+import yaml
+from PIL import Image
+
+from revisual_fast.telemetry.plots import plot_run
+from revisual_fast.telemetry.sinks import read_jsonl
+
+__all__ = ["write_report"]
+
+Record = Mapping[str, Any]
+
+_START = "start"
+_PHASES = ("rollout", "update", "step")
+_SAMPLES_PER_STAGE = 3
+_COMPLETIONS_PER_SAMPLE = 8
+_IMAGE_PIXELS = 640
+
+
+def write_report(run_dir: str | Path) -> tuple[Path, Path]:
+    """Write ``report.json``, ``report.html`` and ``plots/`` into ``run_dir``; return the paths of the first two.
+
+    ``report.json``: ``{"stages": [{"name", "kind", "seconds", "steps", "heldout": {name: accuracy}, "tokens_per_second":
+    {"rollout", "update", "step"}, "bad_records", "skipped_steps"}], "total_seconds", "device", "versions", "complete",
+    "missing": [text]}``, its first stage being ``"start"``, before any training. Tokens per second are a stage's tokens
+    over its seconds in that phase. Raises :class:`~revisual_fast.telemetry.sinks.TelemetryError` for a damaged JSONL file.
+    """
+    run_dir = Path(run_dir)
+    run, missing = _read_run(run_dir)
+    metrics, evaluations = read_jsonl(run_dir / "metrics.jsonl"), read_jsonl(run_dir / "evaluations.jsonl")
+    samples = read_jsonl(run_dir / "samples.jsonl")
+    stages = _stages(run, metrics, evaluations)
+    missing += _what_is_missing(run, stages, metrics, samples)
+    report = {
+        "stages": stages,
+        "total_seconds": run.get("total_seconds", sum(stage["seconds"] for stage in stages)),
+        "device": run.get("device"),
+        "versions": run.get("versions", {}),
+        "complete": _complete(run),
+        "missing": missing,
+    }
+    json_path, html_path = run_dir / "report.json", run_dir / "report.html"
+    plots = {
+        name: _data_uri(path.with_suffix(".svg").read_bytes(), "svg+xml") for name, path in plot_run(run_dir).items()
+    }
+    page = _render(run_dir, run, report, plots, _pick_samples(run_dir, samples, [stage["name"] for stage in stages]))
+    _replace(json_path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _replace(html_path, page)
+    return json_path, html_path
+
+
+def _read_run(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
+    """``run.json`` and, if it cannot be read, what that means for the report."""
+    path = run_dir / "run.json"
+    effect = "settings, versions and device are unknown, and stage times are sums of step times"
+    try:
+        return json.loads(path.read_text()), []
+    except FileNotFoundError:
+        return {}, [f"run.json: {effect}"]
+    except json.JSONDecodeError as error:
+        return {}, [f"run.json is not valid JSON ({error}): {effect}"]
+
+
+def _stages(run: Record, metrics: Sequence[Record], evaluations: Sequence[Record]) -> list[dict[str, Any]]:
+    """The report's stages: ``start``, those of ``run.json``, then those that only the metrics know."""
+    finished = {stage["name"]: stage for stage in run.get("stages", [])}
+    configured = run.get("config", {}).get("stages", {})
+    names = dict.fromkeys([_START, *finished, *(record["stage"] for record in metrics)])
+    stages = []
+    for name in names:
+        steps = [record for record in metrics if record["stage"] == name]
+        tests = [record for record in evaluations if record["stage"] == name and record["kind"] == "heldout"]
+        timed = [*steps, *tests] if name == _START else steps
+        known = finished.get(name, {})
+        stages.append(
+            {
+                "name": name,
+                "kind": known.get("kind") or configured.get(name, {}).get("kind"),
+                "seconds": known.get("seconds", sum(r.get("time/step") or r.get("seconds") or 0.0 for r in timed)),
+                "steps": known.get("steps", len(steps)),
+                "heldout": {test["name"]: test["accuracy"] for test in tests},
+                "tokens_per_second": _tokens_per_second(steps),
+                "bad_records": known.get("bad_records", {}),
+                "skipped_steps": known.get("skipped_steps"),
+            }
+        )
+    return stages
+
+
+def _tokens_per_second(steps: Sequence[Record]) -> dict[str, float]:
+    """Phase -> all tokens over all seconds of that phase, for the phases that the steps have."""
+    rates = {}
+    for phase in _PHASES:
+        pairs = [(s.get(f"throughput/{phase}"), s.get(f"time/{phase}")) for s in steps]
+        known = [(rate, seconds) for rate, seconds in pairs if rate is not None and seconds]
+        if known:
+            rates[phase] = sum(rate * seconds for rate, seconds in known) / sum(seconds for _, seconds in known)
+    return rates
+
+
+def _complete(run: Record) -> bool:
+    """Whether every stage of the curriculum has finished."""
+    finished = {stage["name"] for stage in run.get("stages", [])}
+    return "total_seconds" in run and finished >= set(run.get("config", {}).get("curriculum", []))
+
+
+def _what_is_missing(
+    run: Record, stages: Sequence[Record], metrics: Sequence[Record], samples: Sequence[Record]
+) -> list[str]:
+    """What a complete run would have and this one has not, one line each."""
+    config = run.get("config", {})
+    reported = {stage["name"]: stage for stage in stages}
+    finished = {stage["name"] for stage in run.get("stages", [])}
+    missing = []
+    for name in config.get("curriculum", []):
+        if name not in reported:
+            missing.append(f"stage {name}: not started")
+        elif name not in finished:
+            missing.append(f"stage {name}: not finished, {reported[name]['steps']} steps{_of_all(config, name)} so far")
+    heldout = set(config.get("evaluation", {}).get("heldout", {}))
+    for name, stage in reported.items():
+        absent = sorted(heldout - set(stage["heldout"]))
+        if absent and (name in finished or name == _START):
+            missing.append(f"stage {name}: no held-out accuracy for {', '.join(absent)}")
+    if not metrics:
+        missing.append("metrics.jsonl: no training step yet, so there are no curves")
+    if not samples and any("reward/total" in record for record in metrics):
+        missing.append("samples.jsonl: no sample rollouts; telemetry.samples_every says how often they are stored")
+    return missing
+
+
+def _of_all(config: Record, stage: str) -> str:
+    limits = (config.get("stages", {}).get(stage, {}).get("steps"), config.get("train", {}).get("max_steps"))
+    known = [limit for limit in limits if limit is not None]
+    return f" of {min(known)}" if known else ""
+
+
+def _pick_samples(run_dir: Path, samples: Sequence[Record], stages: Iterable[str]) -> list[dict[str, Any]]:
+    """The first, middle and last samples of each stage, with their pictures as data URIs."""
+    picked = []
+    for stage in stages:
+        of_stage = [sample for sample in samples if sample["stage"] == stage]
+        count = min(_SAMPLES_PER_STAGE, len(of_stage))
+        for i in range(count):
+            sample = of_stage[i * (len(of_stage) - 1) // max(count - 1, 1)]
+            completions = sample.get("completions", [])
+            picked.append(
+                {
+                    **sample,
+                    "pictures": [_picture(run_dir, name) for name in sample.get("images", [])],
+                    "completions": completions[:_COMPLETIONS_PER_SAMPLE],
+                    "hidden": max(0, len(completions) - _COMPLETIONS_PER_SAMPLE),
+                    "right": sum((completion.get("accuracy") or 0) >= 1 for completion in completions),
+                    "group": len(completions),
+                }
+            )
+    return picked
+
+
+def _picture(run_dir: Path, name: str) -> dict[str, Any]:
+    """A sample's image, scaled down to at most 640 pixels a side; ``uri`` is None if the file is not there."""
+    path = run_dir / name
+    if not path.exists():
+        return {"name": name, "uri": None}
+    with Image.open(path) as image:
+        size = image.size
+        if max(size) <= _IMAGE_PIXELS:
+            return {"name": name, "uri": _data_uri(path.read_bytes(), "png"), "small": max(size) < 100, "size": size}
+        image.thumbnail((_IMAGE_PIXELS, _IMAGE_PIXELS))
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, format="JPEG", quality=85)
+    return {"name": name, "uri": _data_uri(buffer.getvalue(), "jpeg"), "small": False, "size": size}
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _render(
+    run_dir: Path,
+    run: Record,
+    report: Record,
+    plots: Mapping[str, str],
+    samples: Sequence[Record],
+) -> str:
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(duration=_duration, decimal=_decimal, count=_count, warned=_warned)
+    template = environment.from_string(files("revisual_fast.telemetry").joinpath("report.html.j2").read_text())
+    stages = report["stages"]
+    heldout = list(dict.fromkeys(name for stage in stages for name in stage["heldout"]))
+    return template.render(
+        title=run_dir.resolve().name,
+        report=report,
+        heldout=heldout,
+        cards=[*(_accuracy_card(name, stages) for name in heldout), _time_card(report)],
+        phases=[p for p in _PHASES if any(p in stage["tokens_per_second"] for stage in stages)],
+        steps=sum(stage["steps"] for stage in stages),
+        plots=plots,
+        samples=samples,
+        header=run.get("header", []),
+        config=yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True) if "config" in run else None,
+    )
+
+
+def _accuracy_card(name: str, stages: Sequence[Record]) -> dict[str, Any]:
+    """The latest held-out accuracy of the set ``name``, with a bar for each stage that has one."""
+    tested = [(stage["name"], stage["heldout"][name]) for stage in stages if name in stage["heldout"]]
+    bars = [{"stage": stage, "share": value or 0.0, "text": _decimal(value)} for stage, value in tested]
+    return {"label": f"{name}, held-out accuracy", "number": bars[-1]["text"], "bars": bars}
+
+
+def _time_card(report: Record) -> dict[str, Any]:
+    longest = max([stage["seconds"] for stage in report["stages"]]) or 1.0
+    bars = [
+        {"stage": stage["name"], "share": stage["seconds"] / longest, "text": _duration(stage["seconds"])}
+        for stage in report["stages"]
+    ]
+    return {"label": "training and evaluation", "number": _duration(report["total_seconds"]), "bars": bars}
+
+
+def _duration(seconds: float) -> str:
+    """``3.9 s``, ``2 min 06 s``, ``1 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds) // 60
+    return f"{minutes} min {round(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _decimal(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _warned(value: int | None) -> str:
+    """A count that should be 0, marked if it is not."""
+    return markupsafe.Markup('<span class="chip warn">{}</span>').format(_count(value)) if value else _count(value)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader finds the old file or the new one, never half of it."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

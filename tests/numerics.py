@@ -1,0 +1,110 @@
+"""Helpers of the numerical tests: an independent policy loss, error measures, and watchers of memory and FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def naive_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """logp and entropy ``[N]`` through full logits, in the dtype of the inputs."""
+    z = hidden @ weight.T
+    z = z if bias is None else z + bias
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    log_p = torch.log_softmax(z / temperature, dim=-1)
+    return log_p[torch.arange(len(targets)), targets], -(log_p.exp() * log_p).sum(-1)
+
+
+def naive_policy_loss(logp: Tensor, entropy: Tensor, tokens: Any, o: Any) -> Tensor:
+    """The objective ``o`` token by token with Python loops and scalars, from the published formulas."""
+    bounds = [0, len(logp)] if tokens.cu_seqlens is None else tokens.cu_seqlens.tolist()
+    n_sequences = len(bounds) - 1
+    old = logp.detach() if tokens.old_logp is None else tokens.old_logp
+    total = logp.sum() * 0
+    for s in range(n_sequences):
+        rows = range(bounds[s], bounds[s + 1])
+        if not len(rows):
+            continue
+        log_ratio = sum(logp[t] - old[t] for t in rows) / len(rows)
+        for t in rows:
+            ratio = torch.exp(log_ratio if o.level == "sequence" else logp[t] - old[t])
+            advantage = tokens.advantages[s if len(tokens.advantages) == n_sequences else t]
+            row = _naive_surrogate(ratio, logp[t], advantage, o)
+            if o.rollout_correction:
+                gaps = rows if o.rollout_level == "sequence" else [t]
+                w = math.exp(sum(float(old[u] - tokens.rollout_logp[u]) for u in gaps))
+                if o.rollout_correction == "truncate":
+                    w = min(w, o.rollout_cap)
+                row = row * (w if w <= o.rollout_cap else 0.0)
+            if o.kl_coef:
+                d = tokens.ref_logp[t] - logp[t]
+                kl = {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - d - 1}[o.kl]
+                row = row + o.kl_coef * kl * (ratio if o.kl_bias_correction else 1)
+            row = row - o.entropy_coef * entropy[t]
+            share = {
+                "token_mean": 1 / len(logp),
+                "sequence_mean": 1 / (n_sequences * len(rows)),
+                "sequence_sum": 1 / n_sequences,
+                "constant": 1 / (n_sequences * (o.constant_length or 1)),
+            }[o.aggregation]
+            total = total + (share if tokens.weight is None else tokens.weight[t]) * row
+    return total
+
+
+def _naive_surrogate(r: Tensor, logp: Tensor, a: Tensor, o: Any) -> Tensor:
+    if o.surrogate == "clip":
+        first = r if o.delta is None or r < o.delta else torch.tensor(o.delta, dtype=r.dtype)
+        second = min(max(r, 1 - o.clip_low), 1 + o.clip_high)
+        loss = -(first * a) if first * a <= second * a else -(second * a)
+        return -o.dual_clip * a if o.dual_clip and a < 0 and loss > -o.dual_clip * a else loss
+    if o.surrogate == "cispo":
+        return -min(float(r), 1 + o.clip_high) * a * logp
+    if o.surrogate == "sapo":
+        tau = o.sapo_tau_pos if a > 0 else o.sapo_tau_neg
+        return -(4 / tau) / (1 + torch.exp(-tau * (r - 1))) * a
+    return -logp if o.surrogate == "sft" else -a * logp
+
+
+def relative_error(value: Tensor | None, reference: Tensor | None) -> float:
+    """Norm of the difference over the norm of the reference, in fp64; nan if the value has a nan."""
+    assert value is not None
+    assert reference is not None
+    difference = (value.double() - reference.double()).norm()
+    return (difference / reference.double().norm().clamp(min=1e-300)).item()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements that any tensor made under it has, but for views of the storages to ignore."""
+
+    def __init__(self, *ignore: Tensor) -> None:
+        super().__init__()
+        self.ignore = {tensor.untyped_storage().data_ptr() for tensor in ignore}
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        sizes = [leaf.numel() for leaf in made if leaf.untyped_storage().data_ptr() not in self.ignore]
+        self.numel = max([self.numel, *sizes])
+        return out
+
+
+def count_gemm_flops(run: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products in ``run``, forward and backward (2 a multiply-add)."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()

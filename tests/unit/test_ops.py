@@ -1,0 +1,552 @@
+"""The fused ops on the torch backend against full logits in float64, and what they promise about FLOPs and memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from revisual_fast import PolicyObjective, TokenBatch, linear_logprob, linear_policy_loss, policy_loss_from_logits
+from revisual_fast.kernels import reference
+from revisual_fast.ops import OPS, available_backends, resolve_backend
+from tests.numerics import LargestTensor, count_gemm_flops, naive_logprob, naive_policy_loss, relative_error
+
+CU = [0, 5, 5, 6, 9, 14]  # the second sequence has no rows
+CLIP = PolicyObjective()
+
+
+def make(n: int = 14, d: int = 6, v: int = 19, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "hidden": torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_(),
+        "weight": torch.randn(v, d, generator=g, dtype=torch.float64).mul(2 / d**0.5).to(dtype).requires_grad_(),
+        "targets": torch.randint(v, (n,), generator=g),
+    }
+
+
+def make_tokens(x: dict[str, Tensor], seed: int = 1, **fields: Any) -> TokenBatch:
+    g = torch.Generator().manual_seed(seed)
+    n = len(x["targets"])
+    logp = naive_logprob(**{k: t.detach().double() for k, t in x.items() if k != "targets"}, targets=x["targets"])[0]
+    old, ref, rollout = (logp + s * torch.randn(n, generator=g, dtype=torch.float64) for s in (0.4, 0.6, 0.5))
+    tokens = TokenBatch(torch.randn(n, generator=g, dtype=torch.float64), old, ref, rollout)
+    return replace(tokens, **{"cu_seqlens": torch.tensor(CU, dtype=torch.int32) if n == CU[-1] else None, **fields})
+
+
+def grads(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Five rows of 19 float64 logits a chunk."""
+    monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", 5 * 19 * 8)
+    yield
+
+
+SURROGATES: list[dict[str, Any]] = [
+    {},
+    {"clip_low": 0.1, "clip_high": 0.3, "delta": 1.5},
+    {"dual_clip": 1.3},
+    {"surrogate": "cispo", "clip_high": 0.1},
+    {"surrogate": "sapo"},
+    {"surrogate": "reinforce"},
+    {"surrogate": "sft"},
+]
+KL: list[dict[str, Any]] = [{}] + [
+    {"kl": kl, "kl_coef": 0.3, "kl_bias_correction": bias} for kl in ("k1", "k2", "k3") for bias in (False, True)
+]
+CORRECTIONS: list[dict[str, Any]] = [{}] + [
+    {"rollout_correction": how, "rollout_cap": 1.1, "rollout_level": level}
+    for how in ("truncate", "mask")
+    for level in ("token", "sequence")
+]
+AGGREGATIONS: list[dict[str, Any]] = [
+    {"aggregation": "token_mean"},
+    {"aggregation": "sequence_mean"},
+    {"aggregation": "sequence_sum"},
+    {"aggregation": "constant", "constant_length": 7},
+]
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda s: "-".join(map(str, s.values())) or "clip")
+def test_full_product_against_naive_float64(surrogate: dict[str, Any], level: str) -> None:
+    x = make()
+    everything = make_tokens(x)
+    logp, entropy = naive_logprob(**x)
+    for i, (kl, correction, aggregation) in enumerate(itertools.product(KL, CORRECTIONS, AGGREGATIONS)):
+        coefficient = 0.0 if i % 2 else 0.05
+        o = PolicyObjective(level=level, entropy_coef=coefficient, **surrogate, **kl, **correction, **aggregation)
+        tokens = replace(everything, old_logp=None) if i % 3 == 2 else everything
+        expected = naive_policy_loss(logp, entropy, tokens, o)
+        out = linear_policy_loss(**x, tokens=tokens, objective=o)
+        wanted = torch.autograd.grad(expected, [x["hidden"], x["weight"]], retain_graph=True)
+        got = grads(out.loss, x["hidden"], x["weight"])
+        torch.testing.assert_close(out.loss, expected, rtol=1e-10, atol=1e-12, msg=lambda m, o=o: f"{o}\n{m}")
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12, msg=lambda m, o=o: f"{o}\n{m}")
+
+
+def logit_case(kind: str, v: int, n: int = 12, d: int = 8) -> dict[str, Tensor]:
+    x = make(n, d, v, torch.float32, seed=v)
+    with torch.no_grad():
+        if kind == "last column":
+            x["targets"].fill_(v - 1)
+        elif kind == "peaked":
+            x["weight"].mul_(30)
+            x["targets"][::2] = (x["hidden"] @ x["weight"].T).argmax(-1)[::2]
+        elif kind == "all negative":
+            x["hidden"].abs_()
+            x["weight"].abs_().mul_(-5)
+    return x
+
+
+@pytest.mark.parametrize("v", [1, 2, 127, 1000, 1001])
+@pytest.mark.parametrize("kind", ["plain", "last column", "peaked", "all negative"])
+def test_statistics_and_gradients_in_float32(kind: str, v: int) -> None:
+    x = logit_case(kind, v)
+    exact = {name: t.detach().double().requires_grad_(t.is_floating_point()) for name, t in x.items()}
+    exact["targets"] = x["targets"]
+    logp, entropy = linear_logprob(**x)
+    expected = naive_logprob(**exact)
+    torch.testing.assert_close((logp.double(), entropy.double()), expected, rtol=2e-5, atol=2e-5)
+    assert logp.dtype == torch.float32
+    assert (logp <= 0).all()
+    assert (entropy >= 0).all()
+    got = grads(logp.mean() + 0.3 * entropy.mean(), x["hidden"], x["weight"])
+    wanted = grads(expected[0].mean() + 0.3 * expected[1].mean(), exact["hidden"], exact["weight"])
+    torch.testing.assert_close([g.double() for g in got], list(wanted), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradcheck(temperature: float, softcap: float | None, with_bias: bool) -> None:
+    x = make(7, 4, 19)
+    bias = torch.linspace(-1, 1, 19, dtype=torch.float64).requires_grad_() if with_bias else None
+    tokens = make_tokens(x)
+    o = PolicyObjective.preset("sapo", kl_coef=0.1, entropy_coef=0.05)
+    options: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
+
+    def loss(hidden: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        b = bias[0] if bias else None
+        return linear_policy_loss(hidden, weight, x["targets"], tokens, o, bias=b, **options).loss
+
+    def logprob(hidden: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_logprob(hidden, weight, x["targets"], bias=bias[0] if bias else None, **options)
+
+    inputs = (x["hidden"], x["weight"], *([] if bias is None else [bias]))
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradcheck(logprob, inputs)
+    expected = naive_logprob(**x, bias=bias, **options)
+    torch.testing.assert_close(logprob(*inputs), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_logits_op_equals_linear_op(level: str) -> None:
+    x = make()
+    o, tokens = PolicyObjective(level=level, kl_coef=0.2, entropy_coef=0.1), make_tokens(x)
+    out = linear_policy_loss(**x, tokens=tokens, objective=o, temperature=0.8)
+    wanted = grads(out.loss, x["hidden"], x["weight"])
+    for inplace in (False, True):
+        logits = x["hidden"] @ x["weight"].T
+        before, pointer = logits.detach().clone(), logits.data_ptr()
+        same = policy_loss_from_logits(logits, x["targets"], tokens, o, temperature=0.8, inplace=inplace)
+        assert torch.equal(logits.detach(), before) != inplace
+        assert logits.data_ptr() == pointer
+        torch.testing.assert_close((same.loss, same.logp, same.entropy), (out.loss, out.logp, out.entropy))
+        got = torch.autograd.grad(3 * same.loss, [x["hidden"], x["weight"]])
+        torch.testing.assert_close(got, tuple(3 * g for g in wanted), rtol=1e-10, atol=1e-12)
+
+
+def test_inplace_allows_one_backward_and_spares_logits_without_gradient() -> None:
+    x = make()
+    tokens = make_tokens(x)
+    logits = (x["hidden"] @ x["weight"].T).detach().requires_grad_()
+    out = policy_loss_from_logits(logits, x["targets"], tokens, CLIP, inplace=True)
+    out.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss.backward()
+    frozen = (x["hidden"] @ x["weight"].T).detach()
+    before = frozen.clone()
+    assert not policy_loss_from_logits(frozen, x["targets"], tokens, CLIP, inplace=True).loss.requires_grad
+    assert torch.equal(frozen, before)
+
+
+def test_upstream_gradient_scales_and_repeats() -> None:
+    x, o = make(), PolicyObjective(entropy_coef=0.1)
+    tokens = make_tokens(x)
+    loss = linear_policy_loss(**x, tokens=tokens, objective=o).loss
+    unit = torch.autograd.grad(loss, [x["hidden"], x["weight"]], retain_graph=True)
+    scaled = torch.autograd.grad(-2.5 * loss, [x["hidden"], x["weight"]], retain_graph=True)
+    torch.testing.assert_close(scaled, tuple(-2.5 * g for g in unit))
+    torch.testing.assert_close(torch.autograd.grad(loss, [x["hidden"], x["weight"]]), unit)
+
+
+def test_only_the_inputs_that_ask_get_a_gradient() -> None:
+    x = make()
+    bias = torch.zeros(19, dtype=torch.float64, requires_grad=True)
+    tokens = make_tokens(x)
+    whole = linear_policy_loss(**x, tokens=tokens, objective=CLIP, bias=bias)
+    wanted = dict(zip(("hidden", "weight", "bias"), grads(whole.loss, x["hidden"], x["weight"], bias), strict=True))
+    for name in wanted:
+        inputs = {
+            k: t.detach().clone().requires_grad_(k == name) for k, t in (("bias", bias), *x.items()) if k != "targets"
+        }
+        linear_policy_loss(**inputs, targets=x["targets"], tokens=tokens, objective=CLIP).loss.backward()
+        torch.testing.assert_close(inputs[name].grad, wanted[name])
+        assert all(t.grad is None for k, t in inputs.items() if k != name)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "luspo", "reinforce", "sft"])
+def test_empty_batch(name: str) -> None:
+    x = make(0)
+    none = torch.zeros(0, dtype=torch.float64)
+    o = PolicyObjective.preset(name, constant_length=4, kl_coef=0.1, rollout_correction="mask")
+    tokens = TokenBatch(none, None, none, none, cu_seqlens=torch.tensor([0], dtype=torch.int32))
+    out = linear_policy_loss(**x, tokens=tokens, objective=o)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert x["hidden"].grad is not None
+    assert x["hidden"].grad.shape == (0, 6)
+    assert x["weight"].grad is not None
+    assert torch.equal(x["weight"].grad, torch.zeros_like(x["weight"]))
+    assert all(value.item() == 0 for value in out.metrics.values())
+    logits = torch.zeros(0, 19, requires_grad=True)
+    policy_loss_from_logits(logits, x["targets"], tokens, o, inplace=True).loss.backward()
+    logp, entropy = linear_logprob(**x)
+    (logp.sum() + entropy.sum()).backward()
+    assert logp.shape == entropy.shape == (0,)
+
+
+# What is not computed
+
+
+def flops_of(x: dict[str, Tensor], o: Any, tokens: TokenBatch, **options: Any) -> float:
+    """In units of N D V."""
+    n, d, v = len(x["hidden"]), x["hidden"].shape[1], len(x["weight"])
+
+    def run() -> None:
+        loss = linear_policy_loss(**x, tokens=tokens, objective=o, **options).loss
+        if loss.requires_grad:
+            loss.backward()
+
+    return count_gemm_flops(run) / (n * d * v)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_flops() -> None:
+    x, gspo = make(), PolicyObjective.preset("gspo", clip_low=9.0, clip_high=9.0)
+    tokens = make_tokens(x)
+    wide = PolicyObjective(clip_low=9.0, clip_high=9.0)  # nothing is clipped, so every row is active
+    assert flops_of(x, wide, tokens) == 6
+    assert flops_of(x, replace(wide, rollout_correction="truncate", rollout_level="sequence"), tokens) == 6
+    assert flops_of(x, gspo, tokens) == 8
+    with torch.no_grad():
+        assert flops_of(x, wide, tokens) == 2
+        assert flops_of(x, gspo, tokens) == 2
+    frozen_head = {**x, "weight": x["weight"].detach()}
+    assert flops_of(frozen_head, wide, tokens) == 4
+    assert flops_of({**x, "hidden": x["hidden"].detach()}, wide, tokens) == 4
+    assert flops_of({**frozen_head, "hidden": x["hidden"].detach()}, wide, tokens) == 2
+
+
+def test_one_chunk_is_not_recomputed_even_at_sequence_level() -> None:
+    x = make()
+    assert flops_of(x, PolicyObjective.preset("gspo", clip_low=9.0, clip_high=9.0), make_tokens(x)) == 6
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_logprob_flops() -> None:
+    x = make()
+    unit = 14 * 6 * 19
+    assert count_gemm_flops(lambda: linear_logprob(**x)) == 2 * unit
+    upstream = (torch.arange(14) % 2).double()
+    assert count_gemm_flops(lambda: (linear_logprob(**x)[0] * upstream).sum().backward()) == (2 + 3) * unit
+    with torch.no_grad():
+        assert count_gemm_flops(lambda: linear_logprob(**x)) == 2 * unit
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_skip_inactive_changes_flops_and_nothing_else(
+    chunked: bool, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunked:
+        monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", 5 * 19 * 8)
+    x = make()
+    tokens = make_tokens(x, advantages=torch.tensor([1.0, 0.0, -2.0, 0.0, 0.0]))
+    o = PolicyObjective(level=level, clip_low=9.0, clip_high=9.0)
+    bias = torch.zeros(19, dtype=torch.float64, requires_grad=True)
+    results = []
+    for skip in (True, False):
+        out = linear_policy_loss(**x, tokens=tokens, objective=o, bias=bias, skip_inactive=skip)
+        results.append((out.loss, out.logp, out.entropy, *grads(out.loss, x["hidden"], x["weight"], bias)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+    assert torch.equal(results[0][3][6:], torch.zeros(8, 6, dtype=torch.float64))
+    active, again = 6, chunked and level == "sequence"
+    assert flops_of(x, o, tokens) == pytest.approx(2 + (6 if again else 4) * active / 14)
+    assert flops_of(x, o, tokens, skip_inactive=False) == (8 if again else 6)
+
+
+def test_all_advantages_zero() -> None:
+    x = make()
+    tokens = make_tokens(x, advantages=torch.zeros(14))
+    out = linear_policy_loss(**x, tokens=tokens, objective=CLIP)
+    assert out.loss.item() == 0
+    for gradient in grads(out.loss, x["hidden"], x["weight"]):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+    assert flops_of(x, CLIP, tokens) == 2
+    assert flops_of(x, replace(CLIP, entropy_coef=0.1), tokens) == 6
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_memory_never_holds_all_logits(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, v = 210, 500
+    monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", 10 * v * 8)
+    x = make(n, 8, v)
+    o = PolicyObjective(level=level, entropy_coef=0.1)
+    tokens = make_tokens(x, cu_seqlens=torch.arange(0, n + 1, 10))
+    with LargestTensor() as watch:
+        linear_policy_loss(**x, tokens=tokens, objective=o, softcap=5.0).loss.backward()
+        linear_logprob(**x)[1].sum().backward()
+    assert watch.numel == max(10 * v, v * 8)
+    logits = (x["hidden"] @ x["weight"].T).detach().requires_grad_()
+    with LargestTensor(logits) as watch:
+        policy_loss_from_logits(logits, x["targets"], tokens, o, inplace=True).loss.backward()
+    assert watch.numel == 10 * v
+    naive = LargestTensor()
+    with naive:
+        naive_logprob(**x)
+    assert naive.numel == n * v  # the watcher does see full logits
+
+
+# Precision
+
+
+def bf16_case(n: int = 96, d: int = 64, v: int = 1001) -> tuple[dict[str, Tensor], TokenBatch, PolicyObjective]:
+    x = make(n, d, v, torch.bfloat16, seed=5)
+    return x, make_tokens(x, rollout_logp=None), PolicyObjective(kl_coef=0.1, entropy_coef=0.05)
+
+
+def errors(loss: Tensor, logp: Tensor, x: dict[str, Tensor], exact: tuple[Tensor, ...]) -> list[float]:
+    got = (logp, *torch.autograd.grad(loss, [x["hidden"], x["weight"]]))
+    return [relative_error(g, e) for g, e in zip(got, exact, strict=True)]
+
+
+@pytest.mark.parametrize("rows", [96, 7])
+@pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
+def test_bf16_error_is_bounded_by_plain_torch(logits_dtype: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", rows * 1001 * 4)
+    x, tokens, o = bf16_case()
+    wide = {k: t.detach().double().requires_grad_() if k != "targets" else t for k, t in x.items()}
+    whole = linear_policy_loss(**wide, tokens=tokens, objective=o)
+    exact = (whole.logp, *grads(whole.loss, wide["hidden"], wide["weight"]))
+
+    log_p = torch.log_softmax((x["hidden"] @ x["weight"].T).float(), dim=-1)
+    logp, entropy = log_p.gather(1, x["targets"][:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    plain_tokens, _ = o.prepare(tokens, 96, torch.float32, logp.device)
+    plain = errors(o(logp, entropy, plain_tokens), logp.detach(), x, exact)
+
+    out = linear_policy_loss(**x, tokens=tokens, objective=o, logits_dtype=logits_dtype)
+    ours = errors(out.loss, out.logp, x, exact)
+    assert all(a <= 2 * b for a, b in zip(ours, plain, strict=True)), (ours, plain)
+    if logits_dtype == "float32":
+        assert ours[0] < 1e-6
+        assert max(ours[1:]) < 2**-8  # one rounding to bf16, in spite of the chunks
+
+
+def test_fp32_master_weight_gets_an_fp32_gradient() -> None:
+    x, tokens, o = bf16_case()
+    rounded = linear_policy_loss(**x, tokens=tokens, objective=o)
+    master = x["weight"].detach().float().requires_grad_()
+    out = linear_policy_loss(x["hidden"], master, x["targets"], tokens, o)
+    assert torch.equal(out.loss, rounded.loss)
+    (gradient,) = grads(out.loss, master)
+    assert gradient.dtype == torch.float32
+    assert torch.equal(gradient.bfloat16(), *grads(rounded.loss, x["weight"]))
+
+
+def test_autocast_does_not_touch_the_precision() -> None:
+    x = make(dtype=torch.float32)
+    tokens, o = make_tokens(x), PolicyObjective(entropy_coef=0.1)
+    outside = linear_policy_loss(**x, tokens=tokens, objective=o)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = linear_policy_loss(**x, tokens=tokens, objective=o)
+        again = grads(linear_logprob(**x)[0].sum(), x["hidden"], x["weight"])
+    assert torch.equal(inside.loss, outside.loss)
+    both = [grads(out.loss, x["hidden"], x["weight"]) for out in (inside, outside)]
+    torch.testing.assert_close(*both, rtol=0, atol=0)
+    torch.testing.assert_close(again, grads(linear_logprob(**x)[0].sum(), x["hidden"], x["weight"]), rtol=0, atol=0)
+
+
+def test_masked_logits_count_as_probability_zero() -> None:
+    logits = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kept = logits[:, :6].clone().requires_grad_()
+    logits[:, 6:] = -torch.inf
+    logits.requires_grad_()
+    targets, o = torch.tensor([0, 5, 2, 2]), PolicyObjective(entropy_coef=0.3)
+    tokens = TokenBatch(torch.tensor([1.0, -1.0, 0.5, 2.0]))
+    out, small = (policy_loss_from_logits(z, targets, tokens, o) for z in (logits, kept))
+    torch.testing.assert_close((out.loss, out.entropy), (small.loss, small.entropy))
+    (got,), (wanted,) = grads(out.loss, logits), grads(small.loss, kept)
+    torch.testing.assert_close(got[:, :6], wanted)
+    assert torch.equal(got[:, 6:], torch.zeros(4, 3, dtype=torch.float64))
+
+
+# Objectives
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_on_policy_ratio_is_exactly_one(level: str) -> None:
+    x = make(dtype=torch.float32)
+    o = PolicyObjective(level=level)
+    tokens = make_tokens(x, old_logp=None)
+    out = linear_policy_loss(**x, tokens=tokens, objective=o)
+    assert out.metrics["ratio/mean"] == out.metrics["ratio/max"] == 1
+    assert out.metrics["clip_fraction"] == 0
+    known = linear_policy_loss(**x, tokens=replace(tokens, old_logp=linear_logprob(**x)[0]), objective=o)
+    torch.testing.assert_close(
+        *[grads(each.loss, x["hidden"], x["weight"]) for each in (out, known)], rtol=1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_own_surrogate_and_own_objective() -> None:
+    x = make()
+    tokens = make_tokens(x)
+
+    def surrogate(ratio: Tensor, logp: Tensor, advantage: Tensor, o: PolicyObjective) -> Tensor:
+        return -advantage * logp
+
+    def objective(logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
+        assert tokens.advantages is not None
+        return -(tokens.advantages * logp).mean() - 0.1 * entropy.mean()
+
+    reinforce = PolicyObjective(surrogate="reinforce", entropy_coef=0.1)
+    expected = linear_policy_loss(**x, tokens=tokens, objective=reinforce)
+    wanted = grads(expected.loss, x["hidden"], x["weight"])
+    for own, flops in ((replace(reinforce, surrogate=surrogate), 6), (objective, 8)):
+        out = linear_policy_loss(**x, tokens=tokens, objective=own)
+        torch.testing.assert_close(out.loss, expected.loss)
+        torch.testing.assert_close(grads(out.loss, x["hidden"], x["weight"]), wanted)
+        assert flops_of(x, own, tokens) == flops
+        torch.testing.assert_close(out.metrics["kl"], expected.metrics["kl"])
+
+
+def test_own_functions_with_a_wrong_shape() -> None:
+    x = make()
+    tokens = make_tokens(x)
+    with pytest.raises(ValueError, match="scalar loss"):
+        linear_policy_loss(**x, tokens=tokens, objective=lambda logp, entropy, tokens: -logp)
+    with pytest.raises(ValueError, match="one loss a row"):
+        bad = PolicyObjective(surrogate=lambda ratio, logp, advantage, o: -logp.sum())
+        linear_policy_loss(**x, tokens=tokens, objective=bad)
+    with pytest.raises(ValueError, match="PolicyObjective or a callable"):
+        linear_policy_loss(**x, tokens=tokens, objective="grpo")  # type: ignore[arg-type]
+
+
+def test_metrics() -> None:
+    x = make()
+    tokens = make_tokens(x)
+    o = PolicyObjective(rollout_correction="truncate", rollout_cap=1.1)
+    out = linear_policy_loss(**x, tokens=tokens, objective=o)
+    assert all(value.ndim == 0 and not value.requires_grad for value in out.metrics.values())
+    assert not out.logp.requires_grad
+    assert not out.entropy.requires_grad
+    logp, entropy = naive_logprob(**x)
+    assert tokens.old_logp is not None
+    assert tokens.ref_logp is not None
+    assert tokens.rollout_logp is not None
+    ratio, d = (logp - tokens.old_logp).exp(), tokens.ref_logp - logp
+    importance = (tokens.old_logp - tokens.rollout_logp).exp().clamp(max=1.1)
+    a = tokens.advantages
+    assert a is not None
+    clipped = ((a > 0) & (ratio > 1.2)) | ((a < 0) & (ratio < 0.8))
+    assert 0 < clipped.double().mean() < 1
+    expected = {
+        "entropy": entropy.mean(),
+        "ratio/mean": ratio.mean(),
+        "ratio/max": ratio.max(),
+        "clip_fraction": clipped.double().mean(),
+        "kl": (d.exp() - d - 1).mean(),
+        "importance/mean": importance.mean(),
+        "importance/max": importance.max(),
+    }
+    torch.testing.assert_close(out.metrics, {name: value.detach() for name, value in expected.items()})
+    bare = linear_policy_loss(**x, tokens=TokenBatch(tokens.advantages), objective=PolicyObjective(surrogate="sapo"))
+    assert set(bare.metrics) == {"entropy", "ratio/mean", "ratio/max"}
+
+
+@pytest.mark.parametrize("bounds", [{}, {"delta": 1.3}, {"dual_clip": 1.4}, {"delta": 1.6, "dual_clip": 1.4}])
+def test_clip_fraction_is_the_share_of_rows_without_gradient(bounds: dict[str, float]) -> None:
+    x = make(200, seed=9)
+    tokens = make_tokens(x, seed=9)
+    o = PolicyObjective(**bounds)
+    out = linear_policy_loss(**x, tokens=tokens, objective=o)
+    (d_hidden,) = grads(out.loss, x["hidden"])
+    assert out.metrics["clip_fraction"].item() == pytest.approx((d_hidden == 0).all(-1).double().mean().item())
+
+
+def test_explicit_weight_and_micro_batches_add_up() -> None:
+    x = make()
+    tokens, o = make_tokens(x), PolicyObjective.preset("grpo", kl_coef=0.1)
+    whole = linear_policy_loss(**x, tokens=tokens, objective=o).loss
+    prepared, _ = o.prepare(tokens, 14, torch.float64, x["hidden"].device)
+    parts = torch.zeros((), dtype=torch.float64)
+    for rows in (slice(0, 6), slice(6, 14)):
+        part = prepared.rows(rows)
+        out = linear_policy_loss(x["hidden"][rows], x["weight"], x["targets"][rows], part, o)
+        parts = parts + out.loss
+    torch.testing.assert_close(parts, whole)
+    both = [grads(loss, x["hidden"], x["weight"]) for loss in (parts, whole)]
+    torch.testing.assert_close(*both)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(2, 7, 6)}, r"hidden must be \[N, D\]"),
+        ({"hidden": torch.zeros(14, 6, dtype=torch.float16)}, "bfloat16, float32 or float64"),
+        ({"weight": torch.zeros(19, 7)}, r"weight must be \[V, D\] with D = 6"),
+        ({"weight": torch.zeros(19, 6, dtype=torch.bfloat16)}, "narrower than hidden"),
+        ({"bias": torch.zeros(18)}, r"bias must be \[V\]"),
+        ({"targets": torch.zeros(13, dtype=torch.int64)}, r"targets must be \[14\] int64"),
+        ({"targets": torch.zeros(14, dtype=torch.int32)}, r"targets must be \[14\] int64"),
+        ({"targets": torch.full((14,), -100)}, "drop the rows without a target"),
+        ({"targets": torch.full((14,), 19)}, r"lie in \[0, 19\)"),
+        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"softcap": -1.0}, "softcap must be > 0"),
+        ({"logits_dtype": "float16"}, "logits_dtype='float16' is unknown"),
+        ({"logits_dtype": "bfloat16"}, "needs bf16 hidden"),
+        ({"backend": "triton"}, "not built"),
+        ({"backend": "numpy"}, "backend='numpy' is unknown"),
+    ],
+)
+def test_arguments_that_do_not_fit(change: dict[str, Any], message: str) -> None:
+    x: dict[str, Any] = {**make(dtype=torch.float32), **change}
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**x)
+    with pytest.raises(ValueError, match=message):
+        linear_policy_loss(**x, tokens=TokenBatch(torch.zeros(14)), objective=CLIP)
+
+
+def test_backends() -> None:
+    for op in OPS:
+        states = available_backends(op)
+        assert set(states) == {"cuda", "triton", "torch"}
+        assert states["torch"] == "yes"
+        assert resolve_backend(op) == next(name for name, state in states.items() if state == "yes")
+    with pytest.raises(ValueError, match="op_name='softmax' is unknown"):
+        available_backends("softmax")
