@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,33 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from revisual_fast import TokenBatch, linear_policy_loss
+
+Inputs = dict[str, Any]
+CU = [0, 5, 5, 6, 9, 14]  # the second sequence has no rows
+
+
+def make(n: int = 14, d: int = 6, v: int = 19, dtype: torch.dtype = torch.float64, seed: int = 0) -> Inputs:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "hidden": torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_(),
+        "weight": torch.randn(v, d, generator=g, dtype=torch.float64).mul(2 / d**0.5).to(dtype).requires_grad_(),
+        "targets": torch.randint(v, (n,), generator=g),
+    }
+
+
+def make_tokens(x: Inputs, seed: int = 1, **fields: Any) -> TokenBatch:
+    g = torch.Generator().manual_seed(seed)
+    n = len(x["targets"])
+    logp = naive_logprob(**{k: t.detach().double() for k, t in x.items() if k != "targets"}, targets=x["targets"])[0]
+    old, ref, rollout = (logp + s * torch.randn(n, generator=g, dtype=torch.float64) for s in (0.4, 0.6, 0.5))
+    tokens = TokenBatch(torch.randn(n, generator=g, dtype=torch.float64), old, ref, rollout)
+    return replace(tokens, **{"cu_seqlens": torch.tensor(CU, dtype=torch.int32) if n == CU[-1] else None, **fields})
+
+
+def grads(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs)
 
 
 def naive_logprob(
@@ -39,9 +67,9 @@ def naive_policy_loss(logp: Tensor, entropy: Tensor, tokens: Any, o: Any) -> Ten
         rows = range(bounds[s], bounds[s + 1])
         if not len(rows):
             continue
-        log_ratio = sum(logp[t] - old[t] for t in rows) / len(rows)
+        log_ratio = torch.stack([logp[t] - old[t] for t in rows]).sum() / len(rows)
         for t in rows:
-            ratio = torch.exp(log_ratio if o.level == "sequence" else logp[t] - old[t])
+            ratio = (log_ratio if o.level == "sequence" else logp[t] - old[t]).exp()
             advantage = tokens.advantages[s if len(tokens.advantages) == n_sequences else t]
             row = _naive_surrogate(ratio, logp[t], advantage, o)
             if o.rollout_correction:
@@ -108,3 +136,15 @@ def count_gemm_flops(run: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
+
+
+def flops_of(x: Inputs, o: Any, tokens: TokenBatch, **options: Any) -> float:
+    """In units of N D V."""
+    n, d, v = len(x["hidden"]), x["hidden"].shape[1], len(x["weight"])
+
+    def run() -> None:
+        loss = linear_policy_loss(**x, tokens=tokens, objective=o, **options).loss
+        if loss.requires_grad:
+            loss.backward()
+
+    return count_gemm_flops(run) / (n * d * v)

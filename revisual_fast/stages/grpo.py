@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revisual_fast.advantages import group_advantages, linear_schedule, minority_dropped, pad_select, stagnation
+from revisual_fast.advantages import group_advantages, linear_schedule, pad_select, stagnation
 from revisual_fast.config import EntropyConfig, GRPOConfig
 from revisual_fast.data.processor import Example
 from revisual_fast.losses import PolicyObjective, TokenBatch, aggregation_weights
@@ -116,23 +116,23 @@ class GRPOStage(Stage):
             t_high=pad.t_high,
             tau=tau,
             generator=torch.Generator().manual_seed(self.seed("pad")),
+            outcomes=table.accuracy,
+            group_sizes=[shape[1]] * shape[0],
         )
-        dropped = (
-            minority_dropped(rewards, advantages, pad.t_high) if pad.mode in ("paper", "released", "filter") else 0
-        )
-        if dropped:
+        if selected.dropped_minority:
             self.context.progress.message(
-                f"{self.context.name}: pad.t_high {pad.t_high} dropped {dropped} samples of the rarer outcome of their group"
+                f"{self.context.name}: step {self.steps + 1}: pad dropped {selected.dropped_minority} samples of the "
+                "rarer outcome of their group for an advantage above its upper threshold"
             )
-        kept = sorted(selected.indices.tolist())
+        kept = selected.indices.tolist()
         flat = [(e, r) for e, group in zip(examples, rollouts, strict=True) for r in group]
         sequences = [Sequence(*flat[i], advantage=float(advantages[i])) for i in kept]
         self.last_sample = self._sample(examples[0], rollouts[0], table, advantages, set(kept))
         return sequences, self._rollout_metrics(rollouts, table, shape) | {
             "pad/kept": len(kept) / len(flat),
-            "pad/effective": selected.n_effective / len(flat),
+            "pad/effective": selected.n_effective / selected.n_total,
             "pad/tau": tau,
-            "pad/minority_dropped": dropped,
+            "pad/minority_dropped": selected.dropped_minority,
         }
 
     def _rollout_metrics(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,86 +12,28 @@ from torch import Tensor
 from revisual_fast import PolicyObjective, TokenBatch, linear_logprob, linear_policy_loss, policy_loss_from_logits
 from revisual_fast.kernels import reference
 from revisual_fast.ops import OPS, available_backends, resolve_backend
-from tests.numerics import LargestTensor, count_gemm_flops, naive_logprob, naive_policy_loss, relative_error
+from tests.numerics import (
+    Inputs,
+    LargestTensor,
+    count_gemm_flops,
+    flops_of,
+    grads,
+    make,
+    make_tokens,
+    naive_logprob,
+    relative_error,
+)
 
-CU = [0, 5, 5, 6, 9, 14]  # the second sequence has no rows
 CLIP = PolicyObjective()
 
 
-def make(n: int = 14, d: int = 6, v: int = 19, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return {
-        "hidden": torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_(),
-        "weight": torch.randn(v, d, generator=g, dtype=torch.float64).mul(2 / d**0.5).to(dtype).requires_grad_(),
-        "targets": torch.randint(v, (n,), generator=g),
-    }
-
-
-def make_tokens(x: dict[str, Tensor], seed: int = 1, **fields: Any) -> TokenBatch:
-    g = torch.Generator().manual_seed(seed)
-    n = len(x["targets"])
-    logp = naive_logprob(**{k: t.detach().double() for k, t in x.items() if k != "targets"}, targets=x["targets"])[0]
-    old, ref, rollout = (logp + s * torch.randn(n, generator=g, dtype=torch.float64) for s in (0.4, 0.6, 0.5))
-    tokens = TokenBatch(torch.randn(n, generator=g, dtype=torch.float64), old, ref, rollout)
-    return replace(tokens, **{"cu_seqlens": torch.tensor(CU, dtype=torch.int32) if n == CU[-1] else None, **fields})
-
-
-def grads(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, inputs)
-
-
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five rows of 19 float64 logits a chunk."""
     monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", 5 * 19 * 8)
-    yield
 
 
-SURROGATES: list[dict[str, Any]] = [
-    {},
-    {"clip_low": 0.1, "clip_high": 0.3, "delta": 1.5},
-    {"dual_clip": 1.3},
-    {"surrogate": "cispo", "clip_high": 0.1},
-    {"surrogate": "sapo"},
-    {"surrogate": "reinforce"},
-    {"surrogate": "sft"},
-]
-KL: list[dict[str, Any]] = [{}] + [
-    {"kl": kl, "kl_coef": 0.3, "kl_bias_correction": bias} for kl in ("k1", "k2", "k3") for bias in (False, True)
-]
-CORRECTIONS: list[dict[str, Any]] = [{}] + [
-    {"rollout_correction": how, "rollout_cap": 1.1, "rollout_level": level}
-    for how in ("truncate", "mask")
-    for level in ("token", "sequence")
-]
-AGGREGATIONS: list[dict[str, Any]] = [
-    {"aggregation": "token_mean"},
-    {"aggregation": "sequence_mean"},
-    {"aggregation": "sequence_sum"},
-    {"aggregation": "constant", "constant_length": 7},
-]
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda s: "-".join(map(str, s.values())) or "clip")
-def test_full_product_against_naive_float64(surrogate: dict[str, Any], level: str) -> None:
-    x = make()
-    everything = make_tokens(x)
-    logp, entropy = naive_logprob(**x)
-    for i, (kl, correction, aggregation) in enumerate(itertools.product(KL, CORRECTIONS, AGGREGATIONS)):
-        coefficient = 0.0 if i % 2 else 0.05
-        o = PolicyObjective(level=level, entropy_coef=coefficient, **surrogate, **kl, **correction, **aggregation)
-        tokens = replace(everything, old_logp=None) if i % 3 == 2 else everything
-        expected = naive_policy_loss(logp, entropy, tokens, o)
-        out = linear_policy_loss(**x, tokens=tokens, objective=o)
-        wanted = torch.autograd.grad(expected, [x["hidden"], x["weight"]], retain_graph=True)
-        got = grads(out.loss, x["hidden"], x["weight"])
-        torch.testing.assert_close(out.loss, expected, rtol=1e-10, atol=1e-12, msg=lambda m, o=o: f"{o}\n{m}")
-        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12, msg=lambda m, o=o: f"{o}\n{m}")
-
-
-def logit_case(kind: str, v: int, n: int = 12, d: int = 8) -> dict[str, Tensor]:
+def logit_case(kind: str, v: int, n: int = 12, d: int = 8) -> Inputs:
     x = make(n, d, v, torch.float32, seed=v)
     with torch.no_grad():
         if kind == "last column":
@@ -230,18 +170,6 @@ def test_empty_batch(name: str) -> None:
 # What is not computed
 
 
-def flops_of(x: dict[str, Tensor], o: Any, tokens: TokenBatch, **options: Any) -> float:
-    """In units of N D V."""
-    n, d, v = len(x["hidden"]), x["hidden"].shape[1], len(x["weight"])
-
-    def run() -> None:
-        loss = linear_policy_loss(**x, tokens=tokens, objective=o, **options).loss
-        if loss.requires_grad:
-            loss.backward()
-
-    return count_gemm_flops(run) / (n * d * v)
-
-
 @pytest.mark.usefixtures("small_chunks")
 def test_flops() -> None:
     x, gspo = make(), PolicyObjective.preset("gspo", clip_low=9.0, clip_high=9.0)
@@ -332,12 +260,12 @@ def test_memory_never_holds_all_logits(level: str, monkeypatch: pytest.MonkeyPat
 # Precision
 
 
-def bf16_case(n: int = 96, d: int = 64, v: int = 1001) -> tuple[dict[str, Tensor], TokenBatch, PolicyObjective]:
+def bf16_case(n: int = 96, d: int = 64, v: int = 1001) -> tuple[Inputs, TokenBatch, PolicyObjective]:
     x = make(n, d, v, torch.bfloat16, seed=5)
     return x, make_tokens(x, rollout_logp=None), PolicyObjective(kl_coef=0.1, entropy_coef=0.05)
 
 
-def errors(loss: Tensor, logp: Tensor, x: dict[str, Tensor], exact: tuple[Tensor, ...]) -> list[float]:
+def errors(loss: Tensor, logp: Tensor, x: Inputs, exact: tuple[Tensor, ...]) -> list[float]:
     got = (logp, *torch.autograd.grad(loss, [x["hidden"], x["weight"]]))
     return [relative_error(g, e) for g, e in zip(got, exact, strict=True)]
 
@@ -400,115 +328,6 @@ def test_masked_logits_count_as_probability_zero() -> None:
     (got,), (wanted,) = grads(out.loss, logits), grads(small.loss, kept)
     torch.testing.assert_close(got[:, :6], wanted)
     assert torch.equal(got[:, 6:], torch.zeros(4, 3, dtype=torch.float64))
-
-
-# Objectives
-
-
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_on_policy_ratio_is_exactly_one(level: str) -> None:
-    x = make(dtype=torch.float32)
-    o = PolicyObjective(level=level)
-    tokens = make_tokens(x, old_logp=None)
-    out = linear_policy_loss(**x, tokens=tokens, objective=o)
-    assert out.metrics["ratio/mean"] == out.metrics["ratio/max"] == 1
-    assert out.metrics["clip_fraction"] == 0
-    known = linear_policy_loss(**x, tokens=replace(tokens, old_logp=linear_logprob(**x)[0]), objective=o)
-    torch.testing.assert_close(
-        *[grads(each.loss, x["hidden"], x["weight"]) for each in (out, known)], rtol=1e-5, atol=1e-7
-    )
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_own_surrogate_and_own_objective() -> None:
-    x = make()
-    tokens = make_tokens(x)
-
-    def surrogate(ratio: Tensor, logp: Tensor, advantage: Tensor, o: PolicyObjective) -> Tensor:
-        return -advantage * logp
-
-    def objective(logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
-        assert tokens.advantages is not None
-        return -(tokens.advantages * logp).mean() - 0.1 * entropy.mean()
-
-    reinforce = PolicyObjective(surrogate="reinforce", entropy_coef=0.1)
-    expected = linear_policy_loss(**x, tokens=tokens, objective=reinforce)
-    wanted = grads(expected.loss, x["hidden"], x["weight"])
-    for own, flops in ((replace(reinforce, surrogate=surrogate), 6), (objective, 8)):
-        out = linear_policy_loss(**x, tokens=tokens, objective=own)
-        torch.testing.assert_close(out.loss, expected.loss)
-        torch.testing.assert_close(grads(out.loss, x["hidden"], x["weight"]), wanted)
-        assert flops_of(x, own, tokens) == flops
-        torch.testing.assert_close(out.metrics["kl"], expected.metrics["kl"])
-
-
-def test_own_functions_with_a_wrong_shape() -> None:
-    x = make()
-    tokens = make_tokens(x)
-    with pytest.raises(ValueError, match="scalar loss"):
-        linear_policy_loss(**x, tokens=tokens, objective=lambda logp, entropy, tokens: -logp)
-    with pytest.raises(ValueError, match="one loss a row"):
-        bad = PolicyObjective(surrogate=lambda ratio, logp, advantage, o: -logp.sum())
-        linear_policy_loss(**x, tokens=tokens, objective=bad)
-    with pytest.raises(ValueError, match="PolicyObjective or a callable"):
-        linear_policy_loss(**x, tokens=tokens, objective="grpo")  # type: ignore[arg-type]
-
-
-def test_metrics() -> None:
-    x = make()
-    tokens = make_tokens(x)
-    o = PolicyObjective(rollout_correction="truncate", rollout_cap=1.1)
-    out = linear_policy_loss(**x, tokens=tokens, objective=o)
-    assert all(value.ndim == 0 and not value.requires_grad for value in out.metrics.values())
-    assert not out.logp.requires_grad
-    assert not out.entropy.requires_grad
-    logp, entropy = naive_logprob(**x)
-    assert tokens.old_logp is not None
-    assert tokens.ref_logp is not None
-    assert tokens.rollout_logp is not None
-    ratio, d = (logp - tokens.old_logp).exp(), tokens.ref_logp - logp
-    importance = (tokens.old_logp - tokens.rollout_logp).exp().clamp(max=1.1)
-    a = tokens.advantages
-    assert a is not None
-    clipped = ((a > 0) & (ratio > 1.2)) | ((a < 0) & (ratio < 0.8))
-    assert 0 < clipped.double().mean() < 1
-    expected = {
-        "entropy": entropy.mean(),
-        "ratio/mean": ratio.mean(),
-        "ratio/max": ratio.max(),
-        "clip_fraction": clipped.double().mean(),
-        "kl": (d.exp() - d - 1).mean(),
-        "importance/mean": importance.mean(),
-        "importance/max": importance.max(),
-    }
-    torch.testing.assert_close(out.metrics, {name: value.detach() for name, value in expected.items()})
-    bare = linear_policy_loss(**x, tokens=TokenBatch(tokens.advantages), objective=PolicyObjective(surrogate="sapo"))
-    assert set(bare.metrics) == {"entropy", "ratio/mean", "ratio/max"}
-
-
-@pytest.mark.parametrize("bounds", [{}, {"delta": 1.3}, {"dual_clip": 1.4}, {"delta": 1.6, "dual_clip": 1.4}])
-def test_clip_fraction_is_the_share_of_rows_without_gradient(bounds: dict[str, float]) -> None:
-    x = make(200, seed=9)
-    tokens = make_tokens(x, seed=9)
-    o = PolicyObjective(**bounds)
-    out = linear_policy_loss(**x, tokens=tokens, objective=o)
-    (d_hidden,) = grads(out.loss, x["hidden"])
-    assert out.metrics["clip_fraction"].item() == pytest.approx((d_hidden == 0).all(-1).double().mean().item())
-
-
-def test_explicit_weight_and_micro_batches_add_up() -> None:
-    x = make()
-    tokens, o = make_tokens(x), PolicyObjective.preset("grpo", kl_coef=0.1)
-    whole = linear_policy_loss(**x, tokens=tokens, objective=o).loss
-    prepared, _ = o.prepare(tokens, 14, torch.float64, x["hidden"].device)
-    parts = torch.zeros((), dtype=torch.float64)
-    for rows in (slice(0, 6), slice(6, 14)):
-        part = prepared.rows(rows)
-        out = linear_policy_loss(x["hidden"][rows], x["weight"], x["targets"][rows], part, o)
-        parts = parts + out.loss
-    torch.testing.assert_close(parts, whole)
-    both = [grads(loss, x["hidden"], x["weight"]) for loss in (parts, whole)]
-    torch.testing.assert_close(*both)
 
 
 # Arguments
