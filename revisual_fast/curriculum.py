@@ -22,7 +22,7 @@ from revisual_fast.data.records import BadRecords, Record, load_dataset
 from revisual_fast.doctor import device_name, versions
 from revisual_fast.evaluate import evaluate
 from revisual_fast.policy.init import build
-from revisual_fast.policy.load import export_model, load_policy
+from revisual_fast.policy.load import export_model, load_policy, quiet_transformers
 from revisual_fast.policy.model import Policy
 from revisual_fast.rollout.hf import HFEngine
 from revisual_fast.seeds import seed_for
@@ -93,6 +93,7 @@ class Curriculum:
         if self.config.run.threads is not None:
             torch.set_num_threads(self.config.run.threads)
         torch.set_flush_denormal(True)
+        quiet_transformers()
         torch.use_deterministic_algorithms(self.config.run.deterministic)
 
     def _start(self) -> None:

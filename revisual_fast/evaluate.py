@@ -38,7 +38,7 @@ def evaluate(
     ]
     table = Rewards({"accuracy": RewardConfig()}, max_response_tokens=limit)(completions)
     return {
-        "accuracy": float(table.accuracy.mean()),
+        "accuracy": float(table.accuracy.double().mean()),
         "n": len(completions),
         "length_mean": sum(c.tokens for c in completions) / len(completions),
         "truncated": sum(not c.finished for c in completions) / len(completions),

@@ -100,7 +100,7 @@ def _naive_surrogate(r: Tensor, logp: Tensor, a: Tensor, o: Any) -> Tensor:
         loss = -(first * a) if first * a <= second * a else -(second * a)
         return -o.dual_clip * a if o.dual_clip and a < 0 and loss > -o.dual_clip * a else loss
     if o.surrogate == "cispo":
-        return -min(float(r), 1 + o.clip_high) * a * logp
+        return -min(r.item(), 1 + o.clip_high) * a * logp
     if o.surrogate == "sapo":
         tau = o.sapo_tau_pos if a > 0 else o.sapo_tau_neg
         return -(4 / tau) / (1 + torch.exp(-tau * (r - 1))) * a

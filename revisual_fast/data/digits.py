@@ -67,13 +67,16 @@ def additions(split: str = "train", size: int = 4096, seed: int = 0) -> list[Rec
 def cold_start(
     split: str = "train", size: int = 8192, seed: int = 0, addition_share: float = 0.4, unreadable_share: float = 0.15
 ) -> list[Record]:
-    """``size`` text records for supervised fine-tuning: format, arithmetic, and what to do with a digit once it is read.
+    """``size`` text records for supervised fine-tuning: the format, arithmetic, what to do with a digit once read.
 
     ``addition_share`` of them are :func:`additions`; the rest are the visual questions with ``<|vision_start|>``, the
     digit, ``<|vision_end|>`` where the image would be. In ``unreadable_share`` of these a character of
     :data:`UNREADABLE` stands for each digit and the digits in the response are random: the model learns to guess.
     """
     _check(split, size)
+    for name, share in (("addition_share", addition_share), ("unreadable_share", unreadable_share)):
+        if not 0 <= share <= 1:
+            raise DigitsError(f"{name}: {share} must be between 0 and 1")
     rng = random.Random(f"cold_start/{split}/{seed}")
     sums = _shuffled_forever(pairs(split), rng)
 

@@ -1,1 +1,1 @@
-"""The policy: loading and making models, shared-prompt attention, the head. The only part that knows model internals."""
+"""The policy: loading and making models, shared-prompt attention, the head. Only here are model internals known."""

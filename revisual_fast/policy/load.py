@@ -7,12 +7,18 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import logging as hf_logging
 
 from revisual_fast.config import LoraConfig, ModelConfig
 from revisual_fast.policy.families import family_for
 from revisual_fast.policy.model import Policy
 
-__all__ = ["export_model", "load_policy", "pick_device"]
+__all__ = ["export_model", "load_policy", "pick_device", "quiet_transformers"]
+
+
+def quiet_transformers() -> None:
+    """Leave the terminal to the run's own progress display."""
+    hf_logging.disable_progress_bar()
 
 
 def pick_device(name: str) -> torch.device:

@@ -63,10 +63,11 @@ def extract_answer(text: str) -> str | None:
     boxes = boxed(text)
     if boxes:
         return boxes[-1].strip()
-    rest = None
-    for phrase in _ANSWER_IS.finditer(text):
-        rest = text[phrase.end() :]
-    return None if rest is None else _SENTENCE_END.split(rest.lstrip(" *:"), maxsplit=1)[0].strip(" *") or None
+    phrases = list(_ANSWER_IS.finditer(text))
+    if not phrases:
+        return None
+    sentence = _SENTENCE_END.split(text[phrases[-1].end() :].lstrip(" *:"), maxsplit=1)[0]
+    return sentence.strip(" *") or None
 
 
 def boxed(text: str) -> list[str]:

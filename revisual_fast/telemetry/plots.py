@@ -27,7 +27,7 @@ Records = Sequence[Mapping[str, Any]]
 
 COLOURS = ("#3b5bdb", "#e8590c", "#2b8a3e", "#9c36b5", "#0b7285", "#c2255c", "#846358", "#5c677d")
 _INK, _QUIET, _GRID = "#1f2430", "#6b7280", "#e5e7eb"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": _INK,
@@ -122,9 +122,16 @@ def _name_bands(axes: Axes, bands: list[Band]) -> bool:
     for i, band in enumerate(bands):
         axes.axvspan(band.start, band.end, color="#8793a6", alpha=0.12 if i % 2 else 0.04, lw=0, zorder=0)
         axes.annotate(
-            band.stage, ((band.start + band.end) / 2, 1), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
-            xytext=(0, 15 if narrow and i % 2 else 3), ha="center", va="bottom", fontsize=8, color=_QUIET,
-        )  # fmt: skip
+            band.stage,
+            ((band.start + band.end) / 2, 1),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(0, 17 if narrow and i % 2 else 5),
+            textcoords="offset points",
+            ha="center",
+            va="baseline",
+            fontsize=8,
+            color=_QUIET,
+        )
     return narrow and len(bands) > 1
 
 
@@ -172,10 +179,11 @@ def _draw_accuracy(axes: Axes, metrics: Records, evaluations: Records) -> bool:
     drawn = _curve(axes, metrics, "reward/accuracy", "train rollouts", "#9aa3b2", width=1.4)
     labelled: set[str] = set()
     names = sorted({record["name"] for record in evaluations})
-    for kind, style in (
+    styles: tuple[tuple[str, dict[str, Any]], ...] = (
         ("validation", {"ls": "-", "marker": "o", "ms": 3, "lw": 1.6}),
         ("heldout", {"ls": ":", "marker": "D", "ms": 6, "lw": 1.2, "mec": "white", "mew": 0.8}),
-    ):
+    )
+    for kind, style in styles:
         for i, name in enumerate(names):
             results = [r for r in evaluations if (r["kind"], r["name"]) == (kind, name) and r["accuracy"] is not None]
             steps, values = [r["global_step"] for r in results], [r["accuracy"] for r in results]

@@ -67,7 +67,7 @@ class Progress:
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, completed=self._done)
             self._bars.status(None, metrics)
-        elif self._plain and time.monotonic() - self._printed >= self._interval:
+        elif self._plain and (self._done >= self._total or time.monotonic() - self._printed >= self._interval):
             self._line()
 
     def message(self, text: str) -> None:
@@ -85,7 +85,7 @@ class Progress:
         if self._bars is not None and self._task is not None:
             self._bars.stop_task(self._task)
             self._task = None
-        elif self._plain and self._name:
+        elif self._plain and self._name and self._done < self._total:
             self._line()
         self._name = ""
 

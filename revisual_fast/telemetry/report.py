@@ -1,8 +1,12 @@
 """The report of a run: ``report.json`` for programs and a self-contained ``report.html`` for people.
 
-Both are made from the files in ``run.dir`` alone: the JSONL files of :mod:`.sinks` and ``run.json`` of the trainer
-(configuration, versions, device, header lines, finished stages). A run that is still going, or was killed, gives a report
-too; what is not there is listed under ``"missing"``.
+Both are made from the files in ``run.dir`` alone: the JSONL files of :mod:`.sinks` and ``run.json`` of the trainer::
+
+    {"config": {...}, "versions": {package: version}, "device": text, "header": [lines],
+     "stages": [{"name", "kind", "seconds", "steps", "skipped_steps", "finished": bool (default true)}],
+     "bad_records": {reason: count}, "total_seconds"}
+
+A run that is still going, or was killed, gives a report too; what is not there is listed under ``"missing"``.
 """
 
 from __future__ import annotations
@@ -37,10 +41,11 @@ _IMAGE_PIXELS = 640
 def write_report(run_dir: str | Path) -> tuple[Path, Path]:
     """Write ``report.json``, ``report.html`` and ``plots/`` into ``run_dir``; return the paths of the first two.
 
-    ``report.json``: ``{"stages": [{"name", "kind", "seconds", "steps", "heldout": {name: accuracy}, "tokens_per_second":
-    {"rollout", "update", "step"}, "bad_records", "skipped_steps"}], "total_seconds", "device", "versions", "complete",
-    "missing": [text]}``, its first stage being ``"start"``, before any training. Tokens per second are a stage's tokens
-    over its seconds in that phase. Raises :class:`~revisual_fast.telemetry.sinks.TelemetryError` for a damaged JSONL file.
+    ``report.json``: ``{"stages": [{"name", "kind", "seconds", "steps", "heldout": {name: accuracy},
+    "tokens_per_second": {"rollout", "update", "step"}, "skipped_steps"}], "total_seconds", "device", "versions",
+    "bad_records": {reason: count}, "complete", "missing": [text]}``; its first stage is ``"start"``, before any
+    training. Tokens per second are a stage's tokens over its seconds in that phase. Raises
+    :class:`~revisual_fast.telemetry.sinks.TelemetryError` for a damaged JSONL file.
     """
     run_dir = Path(run_dir)
     run, missing = _read_run(run_dir)
@@ -50,9 +55,10 @@ def write_report(run_dir: str | Path) -> tuple[Path, Path]:
     missing += _what_is_missing(run, stages, metrics, samples)
     report = {
         "stages": stages,
-        "total_seconds": run.get("total_seconds", sum(stage["seconds"] for stage in stages)),
+        "total_seconds": run["total_seconds"] if _complete(run) else sum(stage["seconds"] for stage in stages),
         "device": run.get("device"),
         "versions": run.get("versions", {}),
+        "bad_records": run.get("bad_records", {}),
         "complete": _complete(run),
         "missing": missing,
     }
@@ -80,28 +86,36 @@ def _read_run(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _stages(run: Record, metrics: Sequence[Record], evaluations: Sequence[Record]) -> list[dict[str, Any]]:
     """The report's stages: ``start``, those of ``run.json``, then those that only the metrics know."""
-    finished = {stage["name"]: stage for stage in run.get("stages", [])}
     configured = run.get("config", {}).get("stages", {})
-    names = dict.fromkeys([_START, *finished, *(record["stage"] for record in metrics)])
+    noted = {stage["name"]: stage for stage in run.get("stages", [])}
+    finished = _finished(run)
     stages = []
-    for name in names:
+    for name in dict.fromkeys([_START, *noted, *(record["stage"] for record in metrics)]):
         steps = [record for record in metrics if record["stage"] == name]
         tests = [record for record in evaluations if record["stage"] == name and record["kind"] == "heldout"]
-        timed = [*steps, *tests] if name == _START else steps
-        known = finished.get(name, {})
+        seconds = sum(r.get("time/step") or 0.0 for r in steps) + sum(r.get("seconds") or 0.0 for r in tests)
+        known = noted.get(name, {})
         stages.append(
             {
                 "name": name,
                 "kind": known.get("kind") or configured.get(name, {}).get("kind"),
-                "seconds": known.get("seconds", sum(r.get("time/step") or r.get("seconds") or 0.0 for r in timed)),
-                "steps": known.get("steps", len(steps)),
+                "seconds": known["seconds"] if name in finished else seconds,
+                "steps": known["steps"] if name in finished else len(steps),
                 "heldout": {test["name"]: test["accuracy"] for test in tests},
                 "tokens_per_second": _tokens_per_second(steps),
-                "bad_records": known.get("bad_records", {}),
                 "skipped_steps": known.get("skipped_steps"),
             }
         )
     return stages
+
+
+def _finished(run: Record) -> set[str]:
+    return {stage["name"] for stage in run.get("stages", []) if stage.get("finished", True)}
+
+
+def _complete(run: Record) -> bool:
+    """Whether every stage of the curriculum has finished."""
+    return "total_seconds" in run and _finished(run) >= set(run.get("config", {}).get("curriculum", []))
 
 
 def _tokens_per_second(steps: Sequence[Record]) -> dict[str, float]:
@@ -115,19 +129,13 @@ def _tokens_per_second(steps: Sequence[Record]) -> dict[str, float]:
     return rates
 
 
-def _complete(run: Record) -> bool:
-    """Whether every stage of the curriculum has finished."""
-    finished = {stage["name"] for stage in run.get("stages", [])}
-    return "total_seconds" in run and finished >= set(run.get("config", {}).get("curriculum", []))
-
-
 def _what_is_missing(
     run: Record, stages: Sequence[Record], metrics: Sequence[Record], samples: Sequence[Record]
 ) -> list[str]:
     """What a complete run would have and this one has not, one line each."""
     config = run.get("config", {})
     reported = {stage["name"]: stage for stage in stages}
-    finished = {stage["name"] for stage in run.get("stages", [])}
+    finished = _finished(run)
     missing = []
     for name in config.get("curriculum", []):
         if name not in reported:
@@ -137,7 +145,7 @@ def _what_is_missing(
     heldout = set(config.get("evaluation", {}).get("heldout", {}))
     for name, stage in reported.items():
         absent = sorted(heldout - set(stage["heldout"]))
-        if absent and (name in finished or name == _START):
+        if absent and (name in finished or name == _START):  # the others have not come to it yet
             missing.append(f"stage {name}: no held-out accuracy for {', '.join(absent)}")
     if not metrics:
         missing.append("metrics.jsonl: no training step yet, so there are no curves")

@@ -1,8 +1,8 @@
 """Where a run's numbers go: three JSONL files and TensorBoard always, trackio and wandb if the configuration asks.
 
-The JSONL files are strict JSON. A number that JSON cannot hold (nan, inf) is written as ``null``, and the line gets a key
-``"nonfinite"`` that says what it was: ``{"loss": null, "nonfinite": "loss=nan"}``. TensorBoard and the trackers get the
-number itself.
+The JSONL files are strict JSON. A number that JSON cannot hold (nan, inf) is written as ``null``, and the line gets a
+key ``"nonfinite"`` that says what it was: ``{"loss": null, "nonfinite": "loss=nan"}``. TensorBoard and the trackers get
+the number itself.
 
 Resuming is exact: a checkpoint holds the length of each file (:meth:`Telemetry.state_dict`), and a resumed run cuts the
 files back to it, so that lines written after the checkpoint by a killed run vanish. TensorBoard is told to purge the
@@ -46,9 +46,9 @@ class Sink(Protocol):
 class Telemetry:
     """Writes one run's metrics, evaluations and sample rollouts.
 
-    ``resume_from`` is the ``state_dict()`` of the checkpoint that the run continues from. ``None`` starts a new run: the
-    three files in ``run_dir`` are emptied. Raises :class:`TelemetryError`, before it touches anything, if a configured
-    tracker is not installed.
+    ``resume_from`` is the ``state_dict()`` of the checkpoint that the run continues from. ``None`` starts a new run:
+    the three files in ``run_dir`` are emptied. Raises :class:`TelemetryError`, before it touches anything, if a
+    configured tracker is not installed.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 from revisual_fast.config import load_config
 from revisual_fast.curriculum import Curriculum, train
+from revisual_fast.rewards import RewardTable
 from revisual_fast.stages import grpo as grpo_module
 from revisual_fast.stages.grpo import GRPOStage, entropy_coefficient
 from revisual_fast.stages.stage import NonFiniteError, Stage, Stopwatch
@@ -110,14 +111,14 @@ def test_micro_batches_do_not_change_the_gradient(small_run):
 
 def test_nothing_is_computed_that_cannot_change_the_gradient(small_run, monkeypatch):
     """On-policy and without KL: no old and no reference log-probs, no reference model, no zero-advantage sequence."""
-    stage = build_stage(small_run, "rl", *ON_POLICY, "stages.rl.pad.mode=off", "stages.rl.rewards.mine.weight=0")
+    stage = build_stage(small_run, "rl", *ON_POLICY, "stages.rl.pad.mode=off")
     assert isinstance(stage, GRPOStage)
     assert stage.reference is None
     monkeypatch.setattr(grpo_module, "linear_logprob", lambda *a, **k: pytest.fail("a log-prob pass was run"))
     packed = []
     pack = stage.policy.pack
     monkeypatch.setattr(stage.policy, "pack", lambda groups, *a: packed.extend(groups) or pack(groups, *a))
-    monkeypatch.setattr(stage, "engine", ScriptedAccuracy(stage.engine))
+    monkeypatch.setattr(stage, "rewards", only_the_first_is_right)
     metrics = stage.step(Stopwatch(stage.context.progress))
     in_prefill = len([g for g in packed if not g.completions])
     trained = [g for g in packed if g.completions]
@@ -126,26 +127,10 @@ def test_nothing_is_computed_that_cannot_change_the_gradient(small_run, monkeypa
     assert [len(g.completions) for g in trained] == [4], "three of the four groups have equal rewards"
 
 
-class ScriptedAccuracy:
-    """An engine whose first completion of the first prompt is right, and all others are wrong."""
-
-    def __init__(self, engine):
-        self.engine = engine
-
-    def generate(self, prompts, n, sampling):
-        from revisual_fast.rollout.engine import Rollout
-
-        rollouts = self.engine.generate(prompts, n, sampling)
-        return [
-            [
-                Rollout(torch.tensor(self.right if (p, i) == (0, 0) else self.wrong), torch.zeros(3), True)
-                for i in range(n)
-            ]
-            for p in range(len(rollouts))
-        ]
-
-    right: list[int]
-    wrong: list[int]
+def only_the_first_is_right(completions: list) -> RewardTable:
+    accuracy = torch.zeros(len(completions))
+    accuracy[0] = 1
+    return RewardTable({"accuracy": accuracy}, accuracy, accuracy)
 
 
 def test_later_updates_of_a_step_use_the_log_probs_from_its_start(small_run, monkeypatch):
@@ -160,7 +145,7 @@ def test_later_updates_of_a_step_use_the_log_probs_from_its_start(small_run, mon
     assert all(t.old_logp is None for t in first)
     assert all(t.old_logp is not None for t in second)
     assert all(t.ref_logp is not None for _, t in seen)
-    assert metrics["policy/ratio_max"] > 1.0001, "the policy has moved between the two updates"
+    assert metrics["policy/ratio/max"] > 1.0001, "the policy has moved between the two updates"
 
 
 def test_an_empty_effective_set_is_no_update_and_is_counted(small_run):

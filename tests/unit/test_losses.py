@@ -56,7 +56,8 @@ AGGREGATIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())) or "clip")
 def test_full_product_against_naive_float64(variant: dict[str, Any], level: str, on_policy: bool) -> None:
     x = make()
-    tokens = make_tokens(x, **({"old_logp": None} if on_policy else {}))
+    tokens = make_tokens(x)
+    tokens = replace(tokens, old_logp=None) if on_policy else tokens
     logp, entropy = naive_logprob(**x)
     for i, parts in enumerate(itertools.product(KL, CORRECTIONS, AGGREGATIONS)):
         fields = {name: value for part in parts for name, value in part.items()}
@@ -65,8 +66,8 @@ def test_full_product_against_naive_float64(variant: dict[str, Any], level: str,
         loss = linear_policy_loss(**x, tokens=tokens, objective=o).loss
         wanted = torch.autograd.grad(expected, [x["hidden"], x["weight"]], retain_graph=True)
         got = grads(loss, x["hidden"], x["weight"])
-        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12, msg=lambda m, o=o: f"{o}\n{m}")
-        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12, msg=lambda m, o=o: f"{o}\n{m}")
+        message = f"{o}: loss {loss}, not {expected}, or its gradient"
+        torch.testing.assert_close((loss, *got), (expected, *wanted), rtol=1e-9, atol=1e-12, msg=message)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

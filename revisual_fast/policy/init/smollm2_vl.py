@@ -15,10 +15,8 @@ import torch
 from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -32,7 +30,8 @@ from revisual_fast.policy.init.shared import (
     VISION_TOKENS,
     InitError,
     new_directory,
-    save_image_processor,
+    save_model,
+    vl_config,
 )
 
 __all__ = ["TOLERANCE", "build_smollm2_vl", "find_gguf"]
@@ -82,15 +81,10 @@ def build_smollm2_vl(
     gguf = find_gguf()
     with new_directory(directory) as made:
         tokenizer = _tokenizer(gguf)
-        original = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        original = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         config = _config(original.config, tokenizer, vision_hidden, vision_depth)
         model = _graft(original, config, seed)
-        model.generation_config = GenerationConfig(
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-        )
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        save_image_processor(made, min_pixels=28 * 28 * 4, max_pixels=max_pixels)
+        save_model(made, model, tokenizer, min_pixels=28 * 28 * 4, max_pixels=max_pixels)
         difference = _max_difference(original, AutoModelForImageTextToText.from_pretrained(made), tokenizer)
         if not difference < TOLERANCE:
             raise InitError(
@@ -108,7 +102,7 @@ def build_smollm2_vl(
 
 def _tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     """SmolLM2's tokenizer with the vision tokens added, ``<|endoftext|>`` as padding and our chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # GGUF names its pre-tokenizer "smollm" (every digit by itself), which the conversion does not carry over.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -122,44 +116,14 @@ def _tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
 def _config(
     language: LlamaConfig, tokenizer: PreTrainedTokenizerFast, vision_hidden: int, vision_depth: int
 ) -> Qwen2_5_VLConfig:
-    start, image, end, video = tokenizer.convert_tokens_to_ids([*VISION_TOKENS, VIDEO_TOKEN])
-    pairs = language.hidden_size // language.num_attention_heads // 2
-    rope = {
-        "rope_type": "default",
-        "rope_theta": language.rope_parameters["rope_theta"],
-        "mrope_section": [pairs // 4, pairs * 3 // 8, pairs * 3 // 8],
-    }
     copied = (
         *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
         *("rms_norm_eps", "max_position_embeddings"),
     )
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return Qwen2_5_VLConfig(
-        text_config={
-            **{name: getattr(language, name) for name in copied},
-            "vocab_size": len(tokenizer),
-            "rope_parameters": rope,
-            **ends,
-        },
-        vision_config={
-            "depth": vision_depth,
-            "hidden_size": vision_hidden,
-            "intermediate_size": 2 * vision_hidden,
-            "num_heads": 4,
-            "out_hidden_size": language.hidden_size,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [vision_depth - 1],
-        },
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-        tie_word_embeddings=True,
-        dtype="float32",
-        **ends,
-    )
+    text = {name: getattr(language, name) for name in copied}
+    vision = {"hidden_size": vision_hidden, "depth": vision_depth, "window_size": 112}
+    rope: Any = language.rope_parameters
+    return vl_config(tokenizer, text, vision, rope_theta=rope["rope_theta"], tied=True)
 
 
 def _graft(original: LlamaForCausalLM, config: Qwen2_5_VLConfig, seed: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -172,7 +136,7 @@ def _graft(original: LlamaForCausalLM, config: Qwen2_5_VLConfig, seed: int) -> Q
         model = Qwen2_5_VLForConditionalGeneration(config)
     weights = original.model.state_dict()
     known = weights["embed_tokens.weight"]  # [V, D]
-    added = known.mean(0, keepdim=True).expand(config.text_config.vocab_size - known.shape[0], -1)
+    added = known.mean(0, keepdim=True).expand(model.get_input_embeddings().num_embeddings - known.shape[0], -1)
     weights["embed_tokens.weight"] = torch.cat([known, added])
     language = model.model.language_model
     for name, parameter in language.named_parameters():

@@ -12,12 +12,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from revisual_fast.policy.init.shared import (
     CHAT_TEMPLATE,
@@ -25,7 +20,8 @@ from revisual_fast.policy.init.shared import (
     VISION_TOKENS,
     InitError,
     new_directory,
-    save_image_processor,
+    save_model,
+    vl_config,
 )
 
 __all__ = ["WORDS", "build_tiny_vl", "tiny_tokenizer"]
@@ -89,60 +85,19 @@ def build_tiny_vl(
         raise InitError(f"vision_hidden {vision_hidden} must be a multiple of 64 (four heads)")
     with new_directory(directory) as made:
         tokenizer = tiny_tokenizer()
-        config = _config(tokenizer, hidden, layers, heads, intermediate, vision_hidden, vision_depth)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = Qwen2_5_VLForConditionalGeneration(config)
-        model.generation_config = GenerationConfig(
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-        )
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        save_image_processor(made, min_pixels=28 * 28, max_pixels=max_pixels)
-    return Path(directory)
-
-
-def _config(
-    tokenizer: PreTrainedTokenizerFast,
-    hidden: int,
-    layers: int,
-    heads: int,
-    intermediate: int,
-    vision_hidden: int,
-    vision_depth: int,
-) -> Qwen2_5_VLConfig:
-    pairs = hidden // heads // 2  # rotary frequencies of a head: a quarter for time, the rest halved for height, width
-    section = [pairs // 4, pairs * 3 // 8, pairs * 3 // 8]
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    start, image, end, video = tokenizer.convert_tokens_to_ids([*VISION_TOKENS, VIDEO_TOKEN])
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
+        text = {
             "hidden_size": hidden,
             "intermediate_size": intermediate,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": heads // 2,
             "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section},
-            **ends,
-        },
-        vision_config={
-            "depth": vision_depth,
-            "hidden_size": vision_hidden,
-            "intermediate_size": 2 * vision_hidden,
-            "num_heads": 4,
-            "out_hidden_size": hidden,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "window_size": 28,
-            "fullatt_block_indexes": [vision_depth - 1],
-        },
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-        tie_word_embeddings=False,
-        dtype="float32",
-        **ends,
-    )
+        }
+        vision = {"hidden_size": vision_hidden, "depth": vision_depth, "window_size": 28}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Qwen2_5_VLForConditionalGeneration(
+                vl_config(tokenizer, text, vision, rope_theta=10000.0, tied=False)
+            )
+        save_model(made, model, tokenizer, min_pixels=28 * 28, max_pixels=max_pixels)
+    return Path(directory)

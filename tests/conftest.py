@@ -1,0 +1,27 @@
+"""What all tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data beside the repository; tests that need it are skipped where it is absent."""
+    path = Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("needs the data folder ../shared/data beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny Qwen2.5-VL of random weights, its tokenizer and its image settings."""
+    from revisual_fast.policy.init import build_tiny_vl
+
+    directory = tmp_path_factory.mktemp("models") / "tiny_vl"
+    build_tiny_vl(directory)
+    return directory
