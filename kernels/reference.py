@@ -175,8 +175,7 @@ class HeadGradient:
 
     def _add_weight(self, total: Tensor, dz: Tensor, hidden: Tensor) -> None:
         if dz.dtype == total.dtype:
-            with torch.autocast(dz.device.type, enabled=False):
-                torch.addmm(total, dz, hidden, out=total)
+            torch.addmm(total, dz, hidden, out=total)  # autocast leaves out= alone
         else:
             total.add_(matmul(dz, hidden, total.dtype if dz.is_cuda else dz.dtype))
 

@@ -124,7 +124,7 @@ def pad_select(
     if mode == "released":
         chosen = _draw_released(size, effective, generator)
     elif mode in ("paper", "sample"):
-        count = min(math.ceil(rho * n_total - 1e-9), n_effective)  # 0.1 * 30 is 3.0000000000000004
+        count = min(math.ceil(rho * n_total - 1e-9), n_effective)  # 0.07 * 100 is 7.000000000000001
         chosen = effective[_gumbel_top_k(size[effective] / tau, count, generator)]
     else:
         chosen = effective

@@ -67,7 +67,7 @@ def run_doctor() -> int:
         _print_tables(checks)
     else:
         print("\n".join(doctor_lines(checks)))
-    return int(any(False for check in checks))
+    return int(any(check.status == "problem" for check in checks))
 
 
 def doctor_lines(checks: Iterable[Check] | None = None) -> list[str]:

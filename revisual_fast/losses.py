@@ -265,7 +265,7 @@ class PolicyObjective:
             return None
         if tokens.importance is not None:
             return tokens.importance
-        return self.rollout_weight(logp if tokens.old_logp is None else tokens.old_logp, tokens)
+        return self.rollout_weight(logp, tokens)  # on-policy; prepare() has done it where old_logp is known
 
     def rows(self, logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
         """``[N]`` loss of every row before aggregation; ``tokens`` must have been prepared."""

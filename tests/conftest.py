@@ -20,7 +20,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tiny Qwen2.5-VL of random weights, its tokenizer and its image settings."""
-    from revisual_fast.policy.init import build_tiny_vl
+    from revisual_fast.policy.init.tiny_vl import build_tiny_vl
 
     directory = tmp_path_factory.mktemp("models") / "tiny_vl"
     build_tiny_vl(directory)

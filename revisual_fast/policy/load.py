@@ -43,7 +43,9 @@ def load_policy(path: str | Path, config: ModelConfig, *, adapter: Path | None =
         raise ValueError(f"model.path: no model at {path}: {error}") from None
     family_for(model_config.model_type)  # refuses before gigabytes are read
     dtype = getattr(torch, config.dtype)
-    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
     if config.lora is not None:
         model = _with_lora(model, config.lora, adapter)
     policy = Policy(model.to(pick_device(config.device)))
@@ -64,7 +66,7 @@ def _with_lora(model: Any, config: LoraConfig, adapter: Path | None) -> Any:
         model,
         peft.LoraConfig(
             r=config.rank,
-            lora_alpha=config.alpha,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float works as well
             lora_dropout=config.dropout,
             target_modules=config.target_modules,
         ),

@@ -171,4 +171,4 @@ def _close(gold: tuple[Fraction, bool], answer: tuple[Fraction, bool]) -> bool:
 def _near(a: Fraction, b: Fraction) -> bool:
     if a.denominator == b.denominator == 1:
         return a == b
-    return abs(a - b) <= Fraction(1, 10**6) * abs(a)
+    return abs(a - b) <= Fraction(1, 10**6) * max(abs(a), abs(b))

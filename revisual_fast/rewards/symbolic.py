@@ -26,13 +26,16 @@ _log = logging.getLogger(__name__)
 class _Worker:
     """The process, started when it is first needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpu_seconds: float = CPU_SECONDS) -> None:
+        self.cpu_seconds = cpu_seconds
         self._process: subprocess.Popen[str] | None = None
         self.forget()
 
     def ask(self, gold: str, answer: str) -> bool | None:
         """The verdict; None if the process did not survive the question. RuntimeError if it cannot be started."""
         with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self.close()  # it died since the last question
             process = self._process or self._start()
             assert process.stdin is not None
             assert process.stdout is not None
@@ -42,12 +45,20 @@ class _Worker:
                 reply = process.stdout.readline()
             except BrokenPipeError:
                 reply = ""
+            except BaseException:  # Ctrl-C: the reply is still to come and must not be taken for the next one's
+                self.close()
+                raise
             if reply:
                 return json.loads(reply)
-            process.kill()
-            process.communicate()
-            self._process = None
+            self.close()
             return None
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
 
     def forget(self) -> None:
         """Leave the process, if there is one, to whoever else has it."""
@@ -55,7 +66,7 @@ class _Worker:
         self._lock = threading.Lock()
 
     def _start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-P", __file__]
+        command = [sys.executable, "-P", __file__, str(self.cpu_seconds)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
@@ -76,11 +87,11 @@ def symbolically_equal(gold: str, answer: str) -> bool:
     """
     verdict = _worker.ask(gold, answer)
     if verdict is None:
-        _log.warning("could not compare %r with %r within %g s; counted as wrong", answer, gold, CPU_SECONDS)
+        _log.warning("could not compare %r with %r within %g s; counted as wrong", answer, gold, _worker.cpu_seconds)
     return bool(verdict)
 
 
-def _main() -> None:
+def _main(cpu_seconds: float) -> None:
     import resource
     import signal
 
@@ -99,7 +110,7 @@ def _main() -> None:
 
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         gold, answer = json.loads(line)
         verdict = verify(parsed(gold), parsed(answer), timeout_seconds=None)
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -107,4 +118,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    _main(float(sys.argv[1]))

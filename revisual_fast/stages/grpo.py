@@ -74,7 +74,7 @@ class GRPOStage(Stage):
             table = self._score(examples, rollouts)
         sequences, metrics = self._select(examples, rollouts, table)
         with clock("update"):
-            metrics |= self._updates(sequences, clock)
+            metrics |= self._updates(sequences)
         self._throughput(metrics, examples, rollouts, sequences, clock)
         return metrics
 
@@ -126,7 +126,7 @@ class GRPOStage(Stage):
             )
         kept = selected.indices.tolist()
         flat = [(e, r) for e, group in zip(examples, rollouts, strict=True) for r in group]
-        sequences = [Sequence(*flat[i], advantage=float(advantages[i])) for i in kept]
+        sequences = [Sequence(flat[i][0], flat[i][1], float(advantages[i])) for i in kept]
         self.last_sample = self._sample(examples[0], rollouts[0], table, advantages, set(kept))
         return sequences, self._rollout_metrics(rollouts, table, shape) | {
             "pad/kept": len(kept) / len(flat),
@@ -152,35 +152,44 @@ class GRPOStage(Stage):
 
     # -- updates
 
-    def _updates(self, sequences: list[Sequence], clock: Stopwatch) -> dict[str, Any]:
+    def _updates(self, sequences: list[Sequence]) -> dict[str, Any]:
         """The step's optimizer updates, each over its share of the kept sequences."""
-        size = math.ceil(len(sequences) / self.n_updates)
-        batches = [sequences[i : i + size] for i in range(0, len(sequences), size)] if sequences else []
-        if not batches:
-            self.skipped += self.n_updates
-            self.updates += self.n_updates
-            self.context.progress.message(
-                f"{self.context.name}: no sequence to train on, step {self.steps + 1} skipped"
-            )
-            return {"loss": 0.0, "updates/empty": 1}
+        size = max(1, math.ceil(len(sequences) / self.n_updates))
+        shares = [sequences[i : i + size] for i in range(0, len(sequences), size)]
+        batches = [self._active(share, self.updates + i) for i, share in enumerate(shares)]
         for later in batches[1:]:
             self._fill_logp(later, self.policy, "old_logp")
         if self.reference is not None:
             for batch in batches:
                 self._fill_logp(batch, self.reference, "ref_logp")
-        results = [self._update(batch) for batch in batches]
-        self.updates += self.n_updates - len(batches)
+        results = [self._update(batch) for batch in batches if batch]
+        missing = self.n_updates - len(results)
+        if missing:
+            self.skipped += missing
+            self.updates += missing
+            where = f"{self.context.name}: step {self.steps + 1}"
+            self.context.progress.message(f"{where}: {missing} of {self.n_updates} updates had no sequence to train on")
+        if not results:
+            return {"loss": 0.0}
         return {key: sum(r[key] for r in results) / len(results) for key in results[0]}
+
+    def _active(self, share: list[Sequence], update: int) -> list[Sequence]:
+        """Weigh the sequences of an update, all of them, then leave out those that cannot change its gradient."""
+        lengths = torch.tensor([0, *(len(s.rollout.ids) for s in share)])
+        ends = lengths.cumsum(0).to(torch.int32)
+        constant = self.objective.constant_length
+        weights = aggregation_weights(self.objective.aggregation, int(ends[-1]), ends, constant, dtype=torch.float64)
+        for sequence, weight in zip(share, weights[ends[:-1].long()].tolist(), strict=True):
+            sequence.weight = weight
+        if entropy_coefficient(self.grpo.entropy, update) or self.objective.kl_coef:
+            return share
+        return [s for s in share if s.advantage != 0]
 
     def _update(self, sequences: list[Sequence]) -> dict[str, Any]:
         coefficient = entropy_coefficient(self.grpo.entropy, self.updates)
         objective = replace(self.objective, entropy_coef=coefficient)
-        self._weigh(sequences)
-        total = sum(len(s.rollout.ids) for s in sequences)
-        if coefficient == 0 and objective.kl_coef == 0:
-            sequences = [s for s in sequences if s.advantage != 0]
         loss = torch.zeros((), device=self.policy.device)
-        sums: dict[str, Tensor] = {}
+        meters = _Meters()
         for members, batch in self._micro_batches(sequences, self.policy):
             out = linear_policy_loss(
                 self.policy.hidden(batch),
@@ -193,30 +202,10 @@ class GRPOStage(Stage):
             )
             out.loss.backward()
             loss += out.loss.detach()
-            for key, value in out.metrics.items():
-                previous = sums.get(key, torch.zeros_like(value))
-                sums[key] = (
-                    torch.maximum(previous, value) if key.endswith("max") else previous + value * len(batch.targets)
-                )
-        trained = max(1, sum(len(s.rollout.ids) for s in sequences))
+            meters.add(out.metrics, len(batch.targets))
         value = float(loss)
-        metrics = {f"policy/{k}": float(v) / (1 if k.endswith("max") else trained) for k, v in sums.items()}
-        return {
-            "loss": value,
-            **metrics,
-            **self.apply_gradients(value),
-            "policy/entropy_coef": coefficient,
-            "policy/tokens": total,
-        }
-
-    def _weigh(self, sequences: list[Sequence]) -> None:
-        """Give every sequence its token weight, normalised over this update's sequences."""
-        lengths = torch.tensor([0, *(len(s.rollout.ids) for s in sequences)])
-        ends = lengths.cumsum(0).to(torch.int32)
-        length = self.objective.constant_length
-        weights = aggregation_weights(self.objective.aggregation, int(ends[-1]), ends, length, dtype=torch.float64)
-        for sequence, weight in zip(sequences, weights[ends[:-1].long()].tolist(), strict=True):
-            sequence.weight = weight
+        metrics = {"loss": value, **meters.read(), "policy/entropy_coef": coefficient}
+        return metrics | self.apply_gradients(value)
 
     def _micro_batches(self, sequences: list[Sequence], policy: Policy) -> Iterator[tuple[list[Sequence], PackedBatch]]:
         """Packed rows within the token budget, each with its sequences in the order of ``cu_seqlens``."""
@@ -303,6 +292,23 @@ class GRPOStage(Stage):
         metrics["throughput/rollout"] = generated / clock.seconds["rollout"]
         metrics["throughput/update"] = trained / clock.seconds["update"]
         metrics["throughput/step"] = (prompts + generated) / sum(clock.seconds.values())
+
+
+class _Meters:
+    """The loss's metrics over an update's micro-batches: means weighted by rows, maxima kept; read once at the end."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Tensor], rows: int) -> None:
+        self.rows += rows
+        for key, value in metrics.items():
+            so_far = self.values.get(key, torch.zeros_like(value))
+            self.values[key] = torch.maximum(so_far, value) if key.endswith("max") else so_far + value * rows
+
+    def read(self) -> dict[str, float]:
+        return {f"policy/{k}": float(v) / (1 if k.endswith("max") else self.rows) for k, v in self.values.items()}
 
 
 def build_objective(stage: GRPOConfig) -> PolicyObjective:

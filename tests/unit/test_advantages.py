@@ -54,7 +54,9 @@ def test_three_ways_to_say_the_groups() -> None:
 
 
 def test_equal_rewards_give_exactly_zero() -> None:
-    rewards = torch.full((3, 8), 0.1)  # 8 * 0.1 / 8 is not 0.1 in binary
+    tenths = torch.full((1, 3), 0.1, dtype=torch.float64)  # their sum over three is not 0.1 in binary
+    assert torch.equal(group_advantages(tenths), torch.zeros(3))
+    rewards = torch.full((3, 8), 0.1)
     rewards[1] = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0])
     advantages = group_advantages(rewards).reshape(3, 8)
     assert torch.equal(advantages[[0, 2]], torch.zeros(2, 8))
@@ -132,7 +134,7 @@ def test_draws_follow_the_softmax_without_replacement(mode: str) -> None:
 
 
 def test_released_draws_with_replacement_in_proportion_to_the_power() -> None:
-    advantages = torch.tensor([0.03, 0.2, -0.5, 0.9, 0.97, 1.5, 0.0])
+    advantages = torch.tensor([0.03, 0.2, -0.5, 0.9, 0.97, 1.5, 0.0], dtype=torch.float64)
     g = generator()
     drawn = [pad_select(advantages, mode="released", generator=g) for _ in range(2000)]
     assert {len(result.indices) for result in drawn} == {10}  # floor(1.5 * 7)
@@ -165,11 +167,11 @@ def test_a_generator_makes_it_repeatable(mode: str) -> None:
 
 
 def test_the_number_drawn() -> None:
-    advantages = torch.ones(30)
-    for rho, expected in ((0.1, 3), (0.101, 4), (1.0, 30)):
+    advantages = torch.ones(100)
+    for rho, expected in ((0.07, 7), (0.071, 8), (1.0, 100)):  # 0.07 * 100 is a little above 7 in binary
         assert len(pad_select(advantages, rho=rho, generator=generator()).indices) == expected
-    advantages[:28] = 0
-    assert pad_select(advantages, rho=0.5, generator=generator()).indices.tolist() == [28, 29]
+    advantages[:98] = 0
+    assert pad_select(advantages, rho=0.5, generator=generator()).indices.tolist() == [98, 99]
 
 
 def test_no_effective_completion() -> None:

@@ -207,7 +207,8 @@ def small_llama(*_, **__) -> LlamaForCausalLM:
 
 
 @needs_smollm2
-def test_a_model_that_differs_is_not_written(tmp_path, monkeypatch):
+def test_a_model_that_differs_is_not_written(smollm2, tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2_vl, "_tokenizer", lambda _: AutoTokenizer.from_pretrained(smollm2[0]))
     monkeypatch.setattr(smollm2_vl.LlamaForCausalLM, "from_pretrained", small_llama)
     made = smollm2_vl.build_smollm2_vl(tmp_path / "good", vision_hidden=64, vision_depth=1)
     assert made["max_logprob_difference"] < 1e-3

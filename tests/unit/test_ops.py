@@ -107,6 +107,19 @@ def test_logits_op_equals_linear_op(level: str) -> None:
         torch.testing.assert_close(got, tuple(3 * g for g in wanted), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_without_gradient_are_zero_in_the_gradient_of_logits(inplace: bool) -> None:
+    x = make()
+    tokens = make_tokens(x, advantages=torch.tensor([0.0, 0.0, 1.0, 0.0, -1.0]))
+    leaf = (x["hidden"] @ x["weight"].T).detach().requires_grad_()
+    logits = leaf * 1  # its backward pass does not need the product
+    (gradient,) = grads(policy_loss_from_logits(logits, x["targets"], tokens, CLIP, inplace=inplace).loss, leaf)
+    assert torch.equal(gradient[:5], torch.zeros(5, 19, dtype=torch.float64))
+    assert torch.equal(gradient[6:9], torch.zeros(3, 19, dtype=torch.float64))
+    assert gradient[5].abs().sum() > 0
+
+
 def test_inplace_allows_one_backward_and_spares_logits_without_gradient() -> None:
     x = make()
     tokens = make_tokens(x)
@@ -270,7 +283,7 @@ def errors(loss: Tensor, logp: Tensor, x: Inputs, exact: tuple[Tensor, ...]) -> 
     return [relative_error(g, e) for g, e in zip(got, exact, strict=True)]
 
 
-@pytest.mark.parametrize("rows", [96, 7])
+@pytest.mark.parametrize("rows", [96, 1])
 @pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
 def test_bf16_error_is_bounded_by_plain_torch(logits_dtype: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", rows * 1001 * 4)
@@ -289,13 +302,15 @@ def test_bf16_error_is_bounded_by_plain_torch(logits_dtype: str, rows: int, monk
     assert all(a <= 2 * b for a, b in zip(ours, plain, strict=True)), (ours, plain)
     if logits_dtype == "float32":
         assert ours[0] < 1e-6
-        assert max(ours[1:]) < 2**-8  # one rounding to bf16, in spite of the chunks
+        assert max(ours[1:]) < 2**-9  # one rounding to bf16, in spite of the chunks
 
 
 def test_fp32_master_weight_gets_an_fp32_gradient() -> None:
     x, tokens, o = bf16_case()
     rounded = linear_policy_loss(**x, tokens=tokens, objective=o)
-    master = x["weight"].detach().float().requires_grad_()
+    master = (x["weight"].detach().float() * (1 + 2**-12)).requires_grad_()
+    assert torch.equal(master.bfloat16(), x["weight"])
+    assert not torch.equal(master, x["weight"].float())
     out = linear_policy_loss(x["hidden"], master, x["targets"], tokens, o)
     assert torch.equal(out.loss, rounded.loss)
     (gradient,) = grads(out.loss, master)

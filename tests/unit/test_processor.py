@@ -1,0 +1,226 @@
+"""Token ids and image patches, with the real Qwen2.5-VL tokenizer and with the tiny model's."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from revisual_fast.config import ChatConfig
+from revisual_fast.data import BadRecordError, BadRecords, ImageRef, Record
+from revisual_fast.data.bad import SPECIAL_TOKEN, UNREADABLE_IMAGE
+from revisual_fast.data.processor import Processor
+
+VISION = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.fixture(scope="module")
+def real(shared_data):
+    return shared_data / "qwen2_5_vl_processor"
+
+
+@pytest.fixture(scope="module")
+def processor(real):
+    return Processor(real, ChatConfig())
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_vl):
+    return Processor(tiny_vl, ChatConfig())
+
+
+def record(prompt="Why?", *images, response=None):
+    refs = tuple(ImageRef(image) for image in images)
+    return Record(prompt, refs, "5", response, "math", (), "data.jsonl:1", "d", {})
+
+
+def picture(width, height, colour="red"):
+    return Image.new("RGB", (width, height), colour)
+
+
+# ---- the chat template
+
+
+def test_chat_text(processor):
+    assert processor.chat_text("<image>What <image> now?") == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{VISION}What {VISION} now?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_chat_text_with_system_prefix_and_suffix(real):
+    processor = Processor(real, ChatConfig(system="Be brief.", prefix="Q: ", suffix="\nThink."))
+    assert processor.chat_text("Why?") == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ: Why?\nThink.<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+# ---- prompts
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [((280, 140), (1, 10, 20)), ((100, 60), (1, 4, 8)), ((20, 20), (1, 4, 4)), ((300, 512), (1, 36, 22))],
+)
+def test_an_image_takes_a_token_per_four_patches(processor, size, grid):
+    prompt = processor.encode(record("<image>Why?", picture(*size))).prompt
+    patches = grid[1] * grid[2]
+    assert prompt.grids.tolist() == [list(grid)]
+    assert prompt.pixel_values.shape == (patches, 3 * 2 * 14 * 14)
+    assert prompt.pixel_values.dtype == torch.float32
+    assert int((prompt.ids == processor.image_token_id).sum()) == patches // 4
+    without = processor.encode(record("Why?")).prompt
+    assert len(prompt.ids) == len(without.ids) + patches // 4 + 2
+
+
+def test_images_of_different_sizes_keep_their_order_and_place(processor):
+    images = [picture(280, 140), picture(140, 140, "blue")]
+    prompt = processor.encode(record("<image> or <image>?", *images)).prompt
+    assert prompt.grids.tolist() == [[1, 10, 20], [1, 10, 10]]
+    image = prompt.ids == processor.image_token_id
+    starts = prompt.ids == processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    first, second = starts.nonzero().flatten().tolist()
+    assert image[first + 1 : first + 51].all()
+    assert not image[first + 51]
+    assert image[second + 1 : second + 26].all()
+    assert int(image.sum()) == 75
+    alone = [processor.encode(record("<image>", i)).prompt.pixel_values for i in images]
+    assert torch.equal(prompt.pixel_values, torch.cat(alone))
+    assert prompt.image_keys == tuple(ImageRef(i).key for i in images)
+
+
+def test_pixels_are_normalised_as_the_model_expects(processor):
+    pixels = processor.encode(record("<image>", picture(56, 56, "white"))).prompt.pixel_values
+    per_channel = pixels.view(16, 3, -1).mean(dim=(0, 2))
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    torch.testing.assert_close(per_channel, (1 - mean) / std)
+
+
+def test_a_text_prompt_has_no_patches(processor):
+    prompt = processor.encode(record("Why?")).prompt
+    assert prompt.pixel_values is None
+    assert prompt.grids.shape == (0, 3)
+    assert prompt.grids.dtype == prompt.ids.dtype == torch.int64
+    assert prompt.image_keys == ()
+    assert processor.tokenizer.decode(prompt.ids) == processor.chat_text("Why?")
+
+
+def test_pixel_limits(tiny_vl):
+    processor = Processor(tiny_vl, ChatConfig(), min_pixels=28 * 28 * 16, max_pixels=28 * 28 * 25)
+    counts = [int(processor.encode(record("<image>", picture(s, s))).prompt.grids.prod()) // 4 for s in (20, 112, 2000)]
+    assert counts == [16, 16, 25]
+
+
+def test_the_cache_is_bounded_and_gives_the_same_patches(tiny_vl):
+    patch = 3 * 2 * 14 * 14 * 4
+    processor = Processor(tiny_vl, ChatConfig(), cache_bytes=2 * 16 * patch)
+    records = [record("<image>", picture(56, 56, colour)) for colour in ("red", "blue", "green")]
+    first = [processor.encode(r).prompt.pixel_values.clone() for r in records]
+    assert len(processor._cache) == 2
+    assert all(torch.equal(processor.encode(r).prompt.pixel_values, p) for r, p in zip(records, first, strict=True))
+    processor.encode(record("<image>", picture(560, 560)))  # larger than the whole cache
+    assert len(processor._cache) == 0
+    assert processor._cache_room == 2 * 16 * patch
+
+
+# ---- responses
+
+
+def test_a_response_ends_with_eos_and_decodes_to_itself(processor):
+    text = "<think>2 + 3 = 5, ½ of 10\n</think>\\boxed{5}"
+    example = processor.encode(record("Why?", response=text), with_response=True)
+    assert example.response.dtype == torch.int64
+    assert example.response[-1] == processor.eos_token_id == processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert processor.eos_token_id not in example.response[:-1]
+    assert processor.decode(example.response) == text
+    assert processor.decode(example.response.tolist()) == text
+    assert processor.encode(record("Why?", response=text)).response is None
+
+
+def test_sft_without_a_response_says_what_to_set(processor):
+    with pytest.raises(ValueError, match=r"data\.jsonl:1: no response; set data\.d\.response"):
+        processor.encode(record("Why?"), with_response=True)
+
+
+# ---- records that cannot be encoded
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (record("Why <|image_pad|>?"), SPECIAL_TOKEN),
+        (record("Why?", response="a<|im_end|>b"), SPECIAL_TOKEN),
+        (record("Why?", response="a<|image_pad|>b"), SPECIAL_TOKEN),
+        (record("<image>", picture(2000, 2)), UNREADABLE_IMAGE),
+    ],
+)
+def test_bad_records_are_errors_or_counted(processor, bad, reason):
+    with pytest.raises(BadRecordError) as caught:
+        processor.encode(bad, with_response=bad.response is not None)
+    assert (caught.value.reason, caught.value.source) == (reason, "data.jsonl:1")
+
+    counts = BadRecords()
+    with_response = bad.response is not None
+    assert processor.encode_or_report(bad, counts, "skip", with_response) is None
+    assert counts.counts == {reason: 1}
+    with pytest.raises(BadRecordError, match=r"data\.jsonl:1: .*on_bad_record"):
+        processor.encode_or_report(bad, counts, "error", with_response)
+
+
+def test_a_good_record_is_not_reported(processor):
+    counts = BadRecords()
+    assert processor.encode_or_report(record("Why?"), counts, "error").record.prompt == "Why?"
+    assert counts.counts == {}
+
+
+# ---- the model directory
+
+
+def test_saved_files_give_the_same_processor(real, tmp_path):
+    processor = Processor(real, ChatConfig(), max_pixels=28 * 28 * 9)
+    processor.save(tmp_path)
+    names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"}
+    assert names <= {path.name for path in tmp_path.iterdir()}
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert settings["image_processor_type"] == "Qwen2VLImageProcessor"
+    assert settings["size"]["longest_edge"] == 28 * 28 * 9
+
+    question = record("<image>Why?", picture(300, 200))
+    before, after = processor.encode(question).prompt, Processor(tmp_path, ChatConfig()).encode(question).prompt
+    assert torch.equal(before.ids, after.ids)
+    assert torch.equal(before.pixel_values, after.pixel_values)
+    assert int(after.grids.prod()) // 4 <= 9
+
+
+def test_directories_that_cannot_be_used(tiny_vl, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.path: .*nowhere"):
+        Processor(tmp_path / "nowhere", ChatConfig())
+    shutil.copy(tiny_vl / "tokenizer.json", tmp_path)
+    settings = json.loads((tiny_vl / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"model\.path: .*preprocessor_config\.json"):
+        Processor(tmp_path, ChatConfig())
+    shutil.copy(tiny_vl / "preprocessor_config.json", tmp_path)
+    with pytest.raises(ValueError, match="no chat template"):
+        Processor(tmp_path, ChatConfig())
+
+
+def test_settings_that_cannot_be_used(tiny_vl):
+    with pytest.raises(ValueError, match=r"model\.min_pixels, model\.max_pixels: 5000 is larger than 4000"):
+        Processor(tiny_vl, ChatConfig(), min_pixels=5000, max_pixels=4000)
+    with pytest.raises(ValueError, match=r"chat\.suffix: an image placeholder"):
+        Processor(tiny_vl, ChatConfig(suffix="<image>"))
+
+
+# ---- the tiny model
+
+
+def test_the_tiny_model_reads_a_scan_as_one_token(tiny):
+    text = "<think>3</think>\\boxed{3}"
+    example = tiny.encode(record("Read <image>", picture(28, 28), response=text), with_response=True)
+    assert example.prompt.grids.tolist() == [[1, 2, 2]]
+    assert int((example.prompt.ids == tiny.image_token_id).sum()) == 1
+    assert example.response[-1] == tiny.eos_token_id
+    assert tiny.decode(example.response) == text
