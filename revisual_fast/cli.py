@@ -69,7 +69,7 @@ def _with_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from revisual_fast.config import load_config
+    from revisual_fast.config_file import load_config
 
     config = load_config(options.config, options.set)
     from revisual_fast.curriculum import Interrupted, NonFiniteError, train
@@ -87,7 +87,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from revisual_fast.config import load_config
+    from revisual_fast.config_file import load_config
 
     config = load_config(options.config, options.set)
     from revisual_fast.evaluate import evaluate_model

@@ -124,7 +124,7 @@ class Curriculum:
             self.records[name] = load_dataset(name, self.config.data[name], self.bad_records)
 
     def _header(self) -> list[str]:
-        lines = [f"revisual-fast {__version__} · {device_name()} · run {self.dir} · seed {self.config.run.seed}"]
+        lines = [f"revisual-fast {__version__} · {device_name(self.config.model.device)} · run {self.dir} · seed {self.config.run.seed}"]
         lines += [f"data {name}: {len(records)} records" for name, records in self.records.items()]
         lines += [f"bad records ({reason}): {count}" for reason, count in self.bad_records.counts.items()]
         lines.append(f"curriculum: {' -> '.join(self.config.curriculum)}")
@@ -297,6 +297,7 @@ class Curriculum:
                 "seconds": self.state["seconds"][name],
                 "steps": self.state["steps"][name],
                 "skipped_steps": self.state["skipped"].get(name, 0),
+                "finished": name == START or self.config.curriculum.index(name) < self.state["stage"],
             }
             for name in names
             if name in self.state["seconds"]
@@ -304,7 +305,7 @@ class Curriculum:
         run = {
             "config": self._config_tree(),
             "versions": versions(),
-            "device": device_name(),
+            "device": device_name(self.config.model.device),
             "header": self.header,
             "stages": stages,
             "bad_records": self.bad_records.counts,

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from revisual_fast.config import _nearest as nearest
+from revisual_fast.config import nearest
 
 __all__ = ["check_arguments", "load_function", "nearest"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from revisual_fast.config import load_config
+from revisual_fast.config_file import load_config
 from revisual_fast.curriculum import Curriculum, train
 from revisual_fast.rewards import RewardTable
 from revisual_fast.stages import grpo as grpo_module

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from revisual_fast.config import Config, ConfigError, load_config
+from revisual_fast.config import Config
+from revisual_fast.config_file import ConfigError, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = """

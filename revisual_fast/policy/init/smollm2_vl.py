@@ -16,7 +16,6 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -102,7 +101,7 @@ def build_smollm2_vl(
 
 def _tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     """SmolLM2's tokenizer with the vision tokens added, ``<|endoftext|>`` as padding and our chat template."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # GGUF names its pre-tokenizer "smollm" (every digit by itself), which the conversion does not carry over.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
