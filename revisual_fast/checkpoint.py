@@ -42,7 +42,7 @@ class Checkpoints:
         optimizer: dict[str, Tensor],
         state: dict[str, Any],
     ) -> Path:
-        """Write a checkpoint, then delete those beyond the newest ``keep``. ``save_model`` writes into the given folder."""
+        """Write a checkpoint and delete those beyond the newest ``keep``; ``save_model`` writes into a folder."""
 
         def fill(folder: Path) -> None:
             save_model(folder / "model")

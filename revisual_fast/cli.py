@@ -94,7 +94,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     for name, result in evaluate_model(config, options.model or config.model.path).items():
         print(
-            f"{name}: accuracy {result['accuracy']:.4f}, n {result['n']}, mean length {result['length_mean']:.1f} tokens"
+            f"{name}: accuracy {result['accuracy']:.4f}, n {result['n']}, {result['length_mean']:.1f} tokens on average"
         )
     return 0
 

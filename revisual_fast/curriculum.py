@@ -124,7 +124,8 @@ class Curriculum:
             self.records[name] = load_dataset(name, self.config.data[name], self.bad_records)
 
     def _header(self) -> list[str]:
-        lines = [f"revisual-fast {__version__} · {device_name(self.config.model.device)} · run {self.dir} · seed {self.config.run.seed}"]
+        device = device_name(self.config.model.device)
+        lines = [f"revisual-fast {__version__} · {device} · run {self.dir} · seed {self.config.run.seed}"]
         lines += [f"data {name}: {len(records)} records" for name, records in self.records.items()]
         lines += [f"bad records ({reason}): {count}" for reason, count in self.bad_records.counts.items()]
         lines.append(f"curriculum: {' -> '.join(self.config.curriculum)}")

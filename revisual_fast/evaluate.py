@@ -47,7 +47,7 @@ def evaluate(
 
 
 def evaluate_model(config: Config, path: str) -> dict[str, dict[str, Any]]:
-    """Evaluate the model at ``path`` on every dataset of ``config.evaluation.heldout``; name -> result of :func:`evaluate`."""
+    """:func:`evaluate` the model at ``path`` on every dataset of ``config.evaluation.heldout``; name -> result."""
     if not config.evaluation.heldout:
         raise ValueError("evaluation.heldout is empty: name the datasets to evaluate on")
     policy = load_policy(path, config.model)

@@ -1,4 +1,4 @@
-"""AdamW with an fp32 master copy of half-precision weights, a learning rate per tower, and a state that needs no pickle."""
+"""AdamW with fp32 master copies of half-precision weights, a learning rate per tower, and a state without pickle."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Optimizer:
             parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, as named tensors: ``exp_avg/<name>``, ``step/<name>``, ``master/<name>``..."""
+        """Everything that a resumed run needs, by name: ``exp_avg/<name>``, ``step/<name>``, ``master/<name>``..."""
         tensors = {}
         for name, master in self.masters.items():
             for key, value in self.adamw.state.get(master, {}).items():

@@ -3,8 +3,8 @@
 Shapes, used everywhere:
 
 - ``T`` tokens in the packed row, ``N`` rows that have a target, ``S`` completions, ``M`` image tokens.
-- layout ``shared``: ``[prompt_1 | c_11 .. c_1G | prompt_2 | ...]``. A completion attends to its prompt and to itself, so a
-  group's prompt (and its image tokens) stands in the row once.
+- layout ``shared``: ``[prompt_1 | c_11 .. c_1G | prompt_2 | ...]``. A completion attends to its prompt and to itself:
+  a group's prompt (and its image tokens) stands in the row once.
 - layout ``varlen``: ``[prompt_1 c_11 | prompt_1 c_12 | ...]``, every completion with its own copy of the prompt.
 
 The last token of a completion predicts nothing and nobody attends to it, so it is a target but not in the row. The last

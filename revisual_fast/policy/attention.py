@@ -1,7 +1,7 @@
 """Attention over packed rows, registered with transformers under the name ``revisual_packed``.
 
-A model whose text tower uses this name calls :func:`packed_attention` in every layer; the keyword ``packed`` carries the
-plan that does the work. There are three plans, all for the same packed layout: :class:`SdpaPlan` (training and
+A model whose text tower uses this name calls :func:`packed_attention` in every layer; the keyword ``packed`` carries
+the plan that does the work. There are three plans, all for the same packed layout: :class:`SdpaPlan` (training and
 scoring), :class:`PrefillPlan` (the same, and it keeps keys and values) and ``DecodePlan`` in ``rollout/hf.py`` (one new
 token per sequence).
 """
@@ -67,7 +67,7 @@ class _Bucket:
 
 
 class SdpaPlan:
-    """Packed attention by torch's scaled_dot_product_attention over buckets of similar segments; any device and dtype."""
+    """Packed attention by torch's scaled_dot_product_attention over buckets of similar segments; on any device."""
 
     def __init__(self, segments: Segments, device: torch.device):
         self.buckets = [_bucket(segments, members, device) for members in _similar(segments)]
@@ -93,7 +93,7 @@ class SdpaPlan:
 
 
 class PrefillPlan(SdpaPlan):
-    """As :class:`SdpaPlan`, and keeps every layer's keys and values: ``kept[layer] = (key, value)``, each [T, Hkv, d]."""
+    """As :class:`SdpaPlan`, and keeps keys and values: ``kept[layer] = (key, value)``, each [T, Hkv, d]."""
 
     def __init__(self, segments: Segments, device: torch.device):
         super().__init__(segments, device)

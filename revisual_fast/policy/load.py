@@ -22,7 +22,7 @@ def quiet_transformers() -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device, or the CPU where there is none. Raises ValueError for a device that is absent."""
+    """``auto`` is the first CUDA device, or the CPU where there is none. Raises ValueError if the device is absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -33,7 +33,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_policy(path: str | Path, config: ModelConfig, *, adapter: Path | None = None) -> Policy:
-    """The model at ``path`` as a policy; with ``config.lora`` wrapped by peft, its weights read from ``adapter`` if given.
+    """The model at ``path`` as a policy; with ``config.lora`` wrapped by peft, its weights those of ``adapter``, if any.
 
     Raises ValueError where there is no model, or the model's family is not supported.
     """

@@ -1,7 +1,7 @@
 """The policy: a multimodal model run over packed rows.
 
-``Policy.hidden`` gives the hidden states of exactly the rows that have a target, which is what the fused loss takes; the
-vision tower runs once per distinct image of the batch.
+``Policy.hidden`` gives the hidden states of exactly the rows that have a target, which is what the fused loss takes;
+the vision tower runs once per distinct image of the batch.
 """
 
 from __future__ import annotations

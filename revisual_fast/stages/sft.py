@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy on the responses, through the same packed rows and the same fused loss as RL."""
+"""Supervised fine-tuning: cross-entropy on the responses, through the same packed rows and fused loss as RL."""
 
 from __future__ import annotations
 

@@ -154,9 +154,8 @@ class Stage:
             self.skipped += 1
             self.nonfinite_in_a_row += 1
             limit = self.context.config.train.max_nonfinite
-            self.context.progress.message(
-                f"{self.context.name}: non-finite loss or gradient, update skipped ({self.nonfinite_in_a_row} of {limit})"
-            )
+            count = f"{self.nonfinite_in_a_row} of {limit}"
+            self.context.progress.message(f"{self.context.name}: non-finite loss or gradient, skipped ({count})")
             if self.nonfinite_in_a_row >= limit:
                 raise NonFiniteError(
                     f"{limit} updates in a row had a non-finite loss or gradient (train.max_nonfinite)"

@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-
 import torch
+from safetensors.torch import load_file
 
 KILL_ONCE = '''
 import os, pathlib, signal

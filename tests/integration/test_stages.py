@@ -141,7 +141,8 @@ def test_later_updates_of_a_step_use_the_log_probs_from_its_start(small_run, mon
     metrics = stage.run_step()
     first = [t for u, t in seen if u == 0]
     second = [t for u, t in seen if u == 1]
-    assert first and second
+    assert first
+    assert second
     assert all(t.old_logp is None for t in first)
     assert all(t.old_logp is not None for t in second)
     assert all(t.ref_logp is not None for _, t in seen)
