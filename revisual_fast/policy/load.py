@@ -33,7 +33,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_policy(path: str | Path, config: ModelConfig, *, adapter: Path | None = None) -> Policy:
-    """The model at ``path`` as a policy; with ``config.lora`` wrapped by peft, its weights those of ``adapter``, if any.
+    """The model at ``path`` as a policy; with ``config.lora`` wrapped by peft (its weights those of ``adapter``).
 
     Raises ValueError where there is no model, or the model's family is not supported.
     """

@@ -19,6 +19,7 @@ from torch import Tensor
 from revisual_fast.advantages import group_advantages, linear_schedule, pad_select, stagnation
 from revisual_fast.config import EntropyConfig, GRPOConfig
 from revisual_fast.data.processor import Example
+from revisual_fast.data.records import Record
 from revisual_fast.losses import PolicyObjective, TokenBatch, aggregation_weights
 from revisual_fast.ops import linear_logprob, linear_policy_loss
 from revisual_fast.packing import Group, PackedBatch, split_groups
@@ -63,7 +64,7 @@ class GRPOStage(Stage):
         if self.objective.kl_coef and reference is None:
             raise ValueError(f"stages.{context.name}: kl_coef is not 0, so a reference policy is needed")
         self.rewards = Rewards(stage.rewards, max_response_tokens=stage.max_response_tokens)
-        self.last_sample: dict[str, Any] | None = None
+        self.last_sample: tuple[Record, list[dict[str, Any]]] | None = None  # a group of the last step, for the report
 
     def step(self, clock: Stopwatch) -> dict[str, Any]:
         with clock("data"):
@@ -263,7 +264,7 @@ class GRPOStage(Stage):
         table: RewardTable,
         advantages: Tensor,
         kept: set[int],
-    ) -> dict[str, Any]:
+    ) -> tuple[Record, list[dict[str, Any]]]:
         """The step's first group, for the report."""
         completions = [
             {
@@ -275,7 +276,7 @@ class GRPOStage(Stage):
             }
             for i, r in enumerate(rollouts)
         ]
-        return {"record": example.record, "completions": completions}
+        return example.record, completions
 
     def _throughput(
         self,

@@ -19,8 +19,8 @@ def build_stage(config_path: Path, name: str, *overrides: str) -> Stage:
     curriculum = Curriculum(
         load_config(config_path, [f"curriculum=[{name}]", *overrides]), resume=False, overwrite=True
     )
-    curriculum._start()
-    return curriculum._build_stage(name)
+    curriculum.start()
+    return curriculum.build_stage(name)
 
 
 def copies(stage: Stage, *, vision: bool) -> dict[str, torch.Tensor]:
