@@ -14,7 +14,7 @@ quickstart: $(VENV)/.base
 	$(BIN)/revisual-fast train configs/quickstart.yaml --overwrite
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -9,9 +9,13 @@ import yaml
 @pytest.fixture
 def small_run(tmp_path: Path, tiny_vl: Path) -> Path:
     """The path of a configuration that trains in seconds; its run.dir is ``tmp_path / "run"``."""
+    return write_small_run(tmp_path, tiny_vl)
+
+
+def write_small_run(folder: Path, model: Path) -> Path:
     config = {
-        "run": {"dir": str(tmp_path / "run"), "seed": 3, "threads": 1},
-        "model": {"path": str(tiny_vl), "dtype": "float32", "device": "cpu"},
+        "run": {"dir": str(folder / "run"), "seed": 3, "threads": 1},
+        "model": {"path": str(model), "dtype": "float32", "device": "cpu"},
         "data": {
             "text": {
                 "function": "revisual_fast.data.digits:cold_start",
@@ -54,9 +58,9 @@ def small_run(tmp_path: Path, tiny_vl: Path) -> Path:
         },
         "telemetry": {"progress": False, "samples_every": 1},
     }
-    (tmp_path / "rewards.py").write_text(
+    (folder / "rewards.py").write_text(
         "def score(completions):\n    return [sum(map(ord, c.text)) % 7 / 7 for c in completions]\n"
     )
-    path = tmp_path / "small.yaml"
+    path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

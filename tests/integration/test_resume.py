@@ -12,15 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from revisual_fast.cli import main
+from tests.integration.conftest import write_small_run
+
 KILL_ONCE = '''
 import os, pathlib, signal
 
 def score(completions):
-    """As the other reward; in the step that TRIGGER names the process is killed, once."""
+    """As the other reward; the call of this number kills the process."""
     counter = pathlib.Path(__file__).with_name("calls")
     calls = int(counter.read_text()) + 1 if counter.exists() else 1
     counter.write_text(str(calls))
-    if calls == {at} :
+    if calls == {at}:
         os.kill(os.getpid(), signal.SIGKILL)
     return [sum(map(ord, c.text)) % 7 / 7 for c in completions]
 '''
@@ -53,12 +56,13 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert deterministic(one / file) == deterministic(other / file), file
 
 
-@pytest.fixture
-def uninterrupted(small_run: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "uninterrupted"
-    done = run(small_run, "--set", f"run.dir={folder}")
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    done = run(write_small_run(folder, tiny_vl))
     assert done.returncode == 0, done.stderr
-    return folder
+    return folder / "run"
 
 
 @pytest.mark.parametrize("at", [2, 4], ids=["after no rl checkpoint", "after one"])
@@ -111,19 +115,18 @@ def test_ctrl_c_saves_and_exits_with_130(small_run, uninterrupted, tmp_path):
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
-def test_a_finished_run_is_not_overwritten_by_accident(small_run, uninterrupted):
-    folder = f"run.dir={uninterrupted}"
-    again = run(small_run, "--set", folder)
-    assert again.returncode == 1
-    assert "already holds a run" in again.stderr
-    assert "--resume" in again.stderr
+def test_a_finished_run_is_neither_mixed_with_another_nor_changed(small_run, uninterrupted, capsys):
+    arguments = ["train", str(small_run), "--set", f"run.dir={uninterrupted}"]
     before = (uninterrupted / "metrics.jsonl").read_bytes()
-    resumed = run(small_run, "--set", folder, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "already holds a run" in said
+    assert "--resume" in said
+    assert main([*arguments, "--resume", "--set", "train.micro_batch_tokens=64"]) == 0
+    assert "changed since the run began: train.micro_batch_tokens: 128 -> 64" in capsys.readouterr().out
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-def test_resume_without_a_run_is_an_error(small_run):
-    resumed = run(small_run, "--resume")
-    assert resumed.returncode == 1
-    assert "there is no run" in resumed.stderr
+def test_resume_without_a_run_is_an_error(small_run, capsys):
+    assert main(["train", str(small_run), "--resume"]) == 1
+    assert "there is no run" in capsys.readouterr().err

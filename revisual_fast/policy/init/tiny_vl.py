@@ -71,13 +71,15 @@ def build_tiny_vl(
     intermediate: int = 384,
     vision_hidden: int = 128,
     vision_depth: int = 2,
+    initializer_range: float = 0.05,
     max_pixels: int = 28 * 28 * 16,
 ) -> Path:
     """Write the model, its tokenizer and its image settings (fp32, HF format) to ``directory`` and return its path.
 
     ``hidden / heads`` (the head's width) must be a multiple of 16, so that M-RoPE's sections come out whole;
-    ``max_pixels`` is what a larger image is scaled down to: 784 pixels are one token. The same arguments give the same
-    weights. Raises :class:`InitError` if ``directory`` is not empty or the sizes do not fit.
+    ``max_pixels`` is what a larger image is scaled down to: 784 pixels are one token. ``initializer_range`` is the
+    standard deviation of the weights: at this width 0.05 learns arithmetic in about half the steps that 0.02, meant for
+    widths of thousands, takes. The same arguments give the same weights. Raises :class:`InitError` if ``directory`` is not empty or the sizes do not fit.
     """
     if hidden % heads or (hidden // heads) % 16 or heads % 2:
         raise InitError(f"hidden {hidden} / heads {heads} must be a multiple of 16, and heads even")
@@ -92,8 +94,14 @@ def build_tiny_vl(
             "num_attention_heads": heads,
             "num_key_value_heads": heads // 2,
             "max_position_embeddings": 4096,
+            "initializer_range": initializer_range,
         }
-        vision = {"hidden_size": vision_hidden, "depth": vision_depth, "window_size": 28}
+        vision = {
+            "hidden_size": vision_hidden,
+            "depth": vision_depth,
+            "window_size": 28,
+            "initializer_range": initializer_range,
+        }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = Qwen2_5_VLForConditionalGeneration(
