@@ -61,7 +61,7 @@ class ModelConfig(Section):
     path: str
     """A directory or hub id that transformers can load."""
     init: Literal["tiny-vl", "smollm2-vl"] | None = None
-    """Build this model into ``path`` if nothing is there yet."""
+    """Build this model into ``path`` if nothing is there yet; new weights are drawn with ``run.seed``."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["auto", "sdpa"] = "auto"
     device: str = "auto"

@@ -88,7 +88,7 @@ class Curriculum:
         self._prepare_torch()
         model = self.config.model
         if model.init is not None and not Path(model.path).exists():
-            for line in build(model.init, model.path):
+            for line in build(model.init, model.path, seed=self.config.run.seed):
                 self.progress.message(line)
         self.processor = Processor(
             model.path, self.config.chat, min_pixels=model.min_pixels, max_pixels=model.max_pixels

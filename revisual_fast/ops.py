@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from revisual_fast.kernels import reference
-from revisual_fast.losses import Objective, PolicyObjective, TokenBatch, loss_gradients
+from revisual_fast.losses import SURROGATES, Objective, PolicyObjective, TokenBatch, loss_gradients
 
 __all__ = ["OPS", "PolicyLoss", "available_backends", "linear_logprob", "linear_policy_loss", "policy_loss_from_logits"]
 
@@ -147,11 +147,10 @@ def policy_metrics(objective: Objective, logp: Tensor, entropy: Tensor, tokens: 
     ``importance/mean``, ``importance/max`` with a rollout correction. Of a caller's own function only entropy, token
     ratio and kl are known.
     """
-    known = isinstance(objective, PolicyObjective)
-    policy: PolicyObjective = objective if isinstance(objective, PolicyObjective) else PolicyObjective()
+    policy = objective if isinstance(objective, PolicyObjective) else PolicyObjective(surrogate=SURROGATES["reinforce"])
     ratio = policy.ratio(logp, tokens)
     metrics = {"entropy": _mean(entropy), "ratio/mean": _mean(ratio), "ratio/max": _max(ratio)}
-    clipped = _clipped(policy, ratio, tokens) if known else None
+    clipped = _clipped(policy, ratio, tokens)
     if clipped is not None:
         metrics["clip_fraction"] = _mean(clipped.to(logp.dtype))
     if tokens.ref_logp is not None:

@@ -79,7 +79,9 @@ def build_tiny_vl(
     ``hidden / heads`` (the head's width) must be a multiple of 16, so that M-RoPE's sections come out whole;
     ``max_pixels`` is what a larger image is scaled down to: 784 pixels are one token. ``initializer_range`` is the
     standard deviation of the weights: at this width 0.05 learns arithmetic in about half the steps that 0.02, meant for
-    widths of thousands, takes. The same arguments give the same weights. Raises :class:`InitError` if ``directory`` is not empty or the sizes do not fit.
+    widths of thousands, takes. The same arguments give the same weights.
+
+    Raises :class:`InitError` if ``directory`` is not empty or the sizes do not fit.
     """
     if hidden % heads or (hidden // heads) % 16 or heads % 2:
         raise InitError(f"hidden {hidden} / heads {heads} must be a multiple of 16, and heads even")
