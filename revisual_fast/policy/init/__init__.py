@@ -14,7 +14,8 @@ KINDS = ("tiny-vl", "smollm2-vl")
 def build(kind: str, directory: str | Path, *, seed: int = 0) -> list[str]:
     """Make the model ``kind`` (one of :data:`KINDS`) in ``directory`` and return the lines to print about it.
 
-    ``seed`` draws the weights that are random. Raises :class:`InitError` for an unknown kind, a directory that is not empty, or a missing package.
+    ``seed`` draws the weights that are random. Raises :class:`InitError` for an unknown kind, a directory that is not
+    empty, or a missing package.
     """
     if kind == "tiny-vl":
         from revisual_fast.policy.init.tiny_vl import build_tiny_vl
