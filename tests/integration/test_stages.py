@@ -109,6 +109,22 @@ def test_micro_batches_do_not_change_the_gradient(small_run):
         torch.testing.assert_close(gradient, results[1][name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_gradient_checkpointing_recomputes_and_does_not_change_the_gradient(small_run):
+    results, runs = [], []
+    for on in ("false", "true"):
+        stage = build_stage(small_run, "rl", "stages.rl.update_batch=null", f"model.gradient_checkpointing={on}")
+        layer = stage.policy.family.text.layers[0].self_attn
+        counter = []
+        layer.register_forward_pre_hook(lambda *_, c=counter: c.append(1))
+        gradients = capture_gradients(stage)
+        stage.run_step()
+        results.append(gradients[0])
+        runs.append(len(counter))
+    assert runs[1] > runs[0], "the layers ran again in the backward pass"
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, results[1][name], rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_nothing_is_computed_that_cannot_change_the_gradient(small_run, monkeypatch):
     """On-policy and without KL: no old and no reference log-probs, no reference model, no zero-advantage sequence."""
     stage = build_stage(small_run, "rl", *ON_POLICY, "stages.rl.pad.mode=off")
