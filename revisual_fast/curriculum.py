@@ -59,6 +59,7 @@ class Curriculum:
         self.stop = StopRequest(self.progress.message)
         self.bad_records = BadRecords()
         self.state: dict[str, Any] = {"stage": 0, "global_step": 0, "seconds": {}, "steps": {}, "skipped": {}}
+        self.resume = resume
         self.resumed_from = self.checkpoints.latest() if resume else None
         self.stage_state: dict[str, Any] | None = None  # of the stage that the checkpoint was written in
         self.telemetry: Telemetry | None = None
@@ -125,8 +126,9 @@ class Curriculum:
         lines += [f"data {name}: {len(records)} records" for name, records in self.records.items()]
         lines += [f"bad records ({reason}): {count}" for reason, count in self.bad_records.counts.items()]
         lines.append(f"curriculum: {' -> '.join(self.config.curriculum)}")
-        if self.resumed_from is not None:
-            lines += [f"resumed from {self.resumed_from}", *self.run_dir.changed_settings()]
+        if self.resume:
+            lines.append(f"resumed from {self.resumed_from or 'the beginning: there is no checkpoint yet'}")
+            lines += self.run_dir.changed_settings()
         return lines
 
     # -- the stages

@@ -24,7 +24,7 @@ __all__ = ["Check", "device_name", "doctor_lines", "examine", "run_doctor", "ver
 Status = Literal["ok", "absent", "problem"]
 
 OPTIONAL = {  # distribution -> what it is for
-    "triton": "fused kernels on a GPU",
+    "triton": "for Triton kernels, of which this version has none yet",
     "scikit-learn": "the quickstart's handwritten digits",
     "datasets": "records from a `datasets` id",
     "pyarrow": "records from parquet files",
@@ -230,7 +230,7 @@ def _backend(op: str, available: dict[str, str]) -> Check:
 
 
 def _nvcc() -> Check:
-    purpose = "building the CUDA kernels"
+    purpose = "for CUDA kernels, of which this version has none yet"
     text = _output(["nvcc", "--version"])
     release = re.search(r"release ([\d.]+)", text or "")
     if release:
