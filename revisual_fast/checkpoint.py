@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["Checkpoints", "write_atomically"]
+__all__ = ["Checkpoints", "write_atomically", "write_text_atomically"]
 
 
 class Checkpoints:
@@ -26,6 +26,16 @@ class Checkpoints:
     def __init__(self, run_dir: Path, keep: int):
         self.folder = run_dir / "checkpoints"
         self.keep = keep
+
+    def recover(self) -> None:
+        """Clear up what a killed process left: half-written directories go, a replaced one whose successor is missing
+        comes back."""
+        for leftover in self.folder.glob(".step-*"):
+            proper = leftover.with_name(leftover.name[1:].rpartition(".")[0])
+            if leftover.suffix == ".replaced" and not proper.exists():
+                leftover.rename(proper)
+            else:
+                shutil.rmtree(leftover)
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -71,9 +81,21 @@ def write_atomically(path: Path, fill: Callable[[Path], None]) -> None:
         for file in files:
             _fsync(Path(folder) / file)
         _fsync(Path(folder))
+    replaced = path.with_name(f".{path.name}.replaced")
     if path.exists():
-        _remove(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
     temporary.rename(path)
+    _fsync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Make the file ``path`` hold all of ``text`` or what it held before."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text)
+    _fsync(temporary)
+    temporary.replace(path)
     _fsync(path.parent)
 
 

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return int(options.run(options) or 0)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"revisual-fast: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="accuracy of a model on the configuration's held-out data")
     _with_config(evaluate)
-    evaluate.add_argument("--model", metavar="DIR", help="the model to evaluate (default: model.path)")
+    evaluate.add_argument("--model", metavar="DIR", help="the model to evaluate (default: the starting model)")
     evaluate.set_defaults(run=_evaluate)
 
     init = commands.add_parser("init", help="build a starting model from packages, without a download")
@@ -92,7 +92,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     from revisual_fast.evaluate import evaluate_model
 
-    for name, result in evaluate_model(config, options.model or config.model.path).items():
+    for name, result in evaluate_model(config, options.model or config.start_model).items():
         print(
             f"{name}: accuracy {result['accuracy']:.4f}, n {result['n']}, {result['length_mean']:.1f} tokens on average"
         )

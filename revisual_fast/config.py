@@ -6,38 +6,38 @@ Every key of a YAML file stands here with its type, range and default; ``config_
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 __all__ = [
-    "AdvantageConfig",
-    "ChatConfig",
-    "Config",
-    "DatasetConfig",
-    "EntropyConfig",
-    "GRPOConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PadConfig",
-    "RewardConfig",
-    "SFTConfig",
-    "StageBase",
-    "StageConfig",
-    "TelemetryConfig",
-    "nearest",
-]
+    "AdvantageConfig", "ChatConfig", "Config", "DatasetConfig", "EntropyConfig", "GRPOConfig", "LoraConfig",
+    "ModelConfig", "OptimizerConfig", "PadConfig", "RewardConfig", "SFTConfig", "StageBase", "StageConfig",
+    "TelemetryConfig", "nearest",
+]  # fmt: skip
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _strings(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        return value
+    raise ValueError(f"Input should be a string or a list of strings (given: {value!r})")
+
+
+Strings = Annotated[str | list[str], BeforeValidator(_strings)]  # one error for the field, not one a member
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True, strict=False)
+    """Strict: no value is converted, but an integer is a number and a YAML list a tuple."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class RunConfig(Section):
@@ -54,22 +54,29 @@ class LoraConfig(Section):
     rank: Positive = 16
     alpha: PositiveFloat = 32.0
     dropout: Share = 0.0
-    target_modules: str | list[str] = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    target_modules: Strings = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 class ModelConfig(Section):
-    path: str
-    """A directory or hub id that transformers can load."""
+    path: str | None = None
+    """A directory or hub id that transformers can load; with ``init``, null is ``run.dir``/start."""
     init: Literal["tiny-vl", "smollm2-vl"] | None = None
-    """Build this model into ``path`` if nothing is there yet; new weights are drawn with ``run.seed``."""
+    """Build this model there if nothing is there yet; new weights are drawn with ``run.seed``."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    attention: Literal["auto", "sdpa"] = "auto"
     device: str = "auto"
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
     min_pixels: Positive | None = None
     max_pixels: Positive | None = None
     trust_remote_code: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _start(self) -> ModelConfig:
+        if not self.path and self.init is None:
+            raise ValueError("give path (a directory or hub id), init (tiny-vl, smollm2-vl) or both")
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} must be at most max_pixels {self.max_pixels}")
+        return self
 
 
 class ChatConfig(Section):
@@ -82,7 +89,7 @@ class ChatConfig(Section):
 
 
 class DatasetConfig(Section):
-    path: str | list[str] | None = None
+    path: Strings | None = None
     """JSONL, JSON or parquet file(s), relative to the configuration file; globs allowed."""
     hub: str | None = None
     """A `datasets` id (or a local directory that `datasets.load_dataset` takes)."""
@@ -96,13 +103,13 @@ class DatasetConfig(Section):
     answer: str | None = "{answer}"
     response: str | None = None
     """A template for the target of supervised fine-tuning."""
-    images: str | list[str] | None = None
+    images: Strings | None = None
     """The field(s) that hold images: a path, bytes, a list of these, or what `datasets` makes of an image."""
     image_root: str | None = None
     """Folder that image paths are relative to; default: the folder of the data file."""
     options: str | None = None
     """The field that holds a question's answer options; ``{options}`` in ``prompt`` lists them by letter."""
-    replace: list[tuple[str, str]] = []
+    replace: list[Annotated[tuple[str, str], Field(strict=False)]] = []
     """Regular expressions and what to put for them, applied to the response."""
     verifier: Literal["math", "choice", "exact", "number"] = "math"
     limit: Positive | None = None
@@ -123,7 +130,7 @@ class OptimizerConfig(Section):
     vision_lr: PositiveFloat | None = None
     """Learning rate of the vision tower (with its merger); null: the same as ``lr``."""
     weight_decay: NonNegative = 1e-2
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup: Share = 0.0
@@ -171,11 +178,18 @@ class PadConfig(Section):
     """Prioritized Advantage Distillation; see docs/method.md."""
 
     mode: Literal["paper", "released", "filter", "sample", "off"] = "paper"
-    rho: Annotated[float, Field(gt=0, le=1)] = 1.0
+    rho: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the batch that may be kept. With 1 the draw keeps all of E: `paper` is `filter`, `sample` is `off`."""
     t_low: PositiveFloat = 1e-4
-    t_high: PositiveFloat = float("inf")
+    t_high: Annotated[float, Field(gt=0, allow_inf_nan=True)] = float("inf")
     tau_start: PositiveFloat = 1.0
     tau_end: PositiveFloat = 0.3
+
+    @model_validator(mode="after")
+    def _thresholds(self) -> PadConfig:
+        if self.t_low >= self.t_high:
+            raise ValueError(f"t_low {self.t_low} must be below t_high {self.t_high}")
+        return self
 
 
 class RewardConfig(Section):
@@ -252,9 +266,10 @@ class CheckpointConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["hf"] = "hf"
     max_batch: Positive = 1024
     """Sequences decoded at once by the embedded engine."""
+    max_cached_tokens: Positive = 262144
+    """Prompt and response tokens in the embedded engine's cache at once."""
 
 
 class EvaluationConfig(Section):
@@ -290,21 +305,34 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
 
+    @property
+    def start_model(self) -> str:
+        """Where the model is that the curriculum starts from: a directory or a hub id."""
+        return self.model.path or f"{self.run.dir}/start"
+
     @model_validator(mode="after")
     def _names(self) -> Config:
         _known("curriculum", self.curriculum, self.stages)
         if not self.curriculum or len(set(self.curriculum)) != len(self.curriculum):
             raise ValueError("curriculum must name at least one stage, and each at most once")
         for name, stage in self.stages.items():
-            _known(f"stages.{name}.data", stage.data, self.data)
+            if name == "start" or not re.fullmatch("[A-Za-z0-9_-]+", name):
+                raise ValueError(
+                    f"stages.{name}: a stage's name is letters, digits, _ and -, and not 'start'; rename it"
+                )
             if not stage.data:
                 raise ValueError(f"stages.{name}.data: name at least one dataset")
-            missing = [d for d in stage.data if isinstance(stage, SFTConfig) and self.data[d].response is None]
-            if missing:
-                raise ValueError(f"stages.{name} is sft: data.{missing[0]}.response must say what the target is")
-        _known("evaluation.heldout", list(self.evaluation.heldout.values()), self.data)
-        _known("evaluation.validation", list(self.evaluation.validation.values()), self.data)
+            self._datasets(f"stages.{name}.data", stage.data, "response" if isinstance(stage, SFTConfig) else "answer")
+        self._datasets("evaluation.heldout", list(self.evaluation.heldout.values()), "answer")
+        self._datasets("evaluation.validation", list(self.evaluation.validation.values()), "answer")
         return self
+
+    def _datasets(self, where: str, names: list[str], needed: Literal["answer", "response"]) -> None:
+        _known(where, names, self.data)
+        for name in names:
+            if getattr(self.data[name], needed) is None:
+                what = "the target" if needed == "response" else "the right answer"
+                raise ValueError(f"data.{name}.{needed} must say what {what} is: {where} uses it")
 
 
 def _known(where: str, names: list[str], known: dict[str, Any]) -> None:

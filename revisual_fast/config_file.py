@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +16,18 @@ __all__ = ["ConfigError", "load_config"]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the booleans and floats of version 1.2: ``off`` is a word and ``1e-6`` a number."""
+    """YAML with the booleans and floats of version 1.2: ``off`` is a word, ``1e-6`` a number; a key stands once."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # before ``<<`` is merged in
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} stands here twice", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, str(key.value)))
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -26,6 +38,17 @@ _FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|I
 _BOOL = "true|True|TRUE|false|False|FALSE"
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(f"^({_BOOL})$"), list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({_FLOAT})$"), list("-+.0123456789"))
+
+
+_MAPPING = "Input should be a mapping"
+_MESSAGES = {  # in place of pydantic's, which speak of Python
+    "model_type": _MAPPING,
+    "model_attributes_type": _MAPPING,
+    "dict_type": _MAPPING,
+    "bool_type": "Input should be true or false",
+    "list_type": "Input should be a list",
+    "tuple_type": "Input should be a list",
+}
 
 
 class ConfigError(ValueError):
@@ -47,7 +70,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, tree, e) for e in error.errors())) from None
+        raise ConfigError("\n".join(f"{path}: {_explain(tree, e)}" for e in error.errors())) from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -55,15 +78,22 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself through {' -> '.join(str(p) for p in seen)}")
     try:
-        tree = yaml.load(path.read_text(), _Loader)
+        with path.open(encoding="utf-8") as file:
+            tree = yaml.load(file, _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2025-13-01
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, found {type(tree).__name__}")
     _absolute_paths(tree, path.resolve().parent)
     base = tree.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: Input should be the path of a configuration file (given: {base!r})")
     return tree if base is None else _merge(_read(path.parent / base, (*seen, path.resolve())), tree)
 
 
@@ -73,20 +103,22 @@ def _absolute_paths(tree: dict[str, Any], folder: Path) -> None:
             return [absolute(v) for v in value]
         return str(folder / value) if isinstance(value, str) else value
 
-    def absolute_function(value: Any) -> Any:
-        file, _, name = str(value).rpartition(":")
-        return f"{folder / file}:{name}" if file.endswith(".py") else value
-
-    for dataset in (tree.get("data") or {}).values():
+    datasets = _sections(tree, "data")
+    for dataset in datasets:
         for key in ("path", "image_root"):
-            if isinstance(dataset, dict) and dataset.get(key) is not None:
+            if key in dataset:
                 dataset[key] = absolute(dataset[key])
-    functions = list((tree.get("data") or {}).values())
-    for stage in (tree.get("stages") or {}).values():
-        functions += list((stage.get("rewards") or {}).values()) if isinstance(stage, dict) else []
-    for section in functions:
-        if isinstance(section, dict) and section.get("function"):
-            section["function"] = absolute_function(section["function"])
+    rewards = [reward for stage in _sections(tree, "stages") for reward in _sections(stage, "rewards")]
+    for section in datasets + rewards:
+        file, _, name = str(section.get("function")).rpartition(":")
+        if file.endswith(".py"):
+            section["function"] = f"{folder / file}:{name}"
+
+
+def _sections(tree: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The mappings in the mapping at ``key``; whatever else stands there is for the schema to refuse."""
+    node = tree.get(key)
+    return [section for section in node.values() if isinstance(section, dict)] if isinstance(node, dict) else []
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -104,25 +136,41 @@ def _override(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = key.strip().split(".")
     node = tree
     for i, name in enumerate(parents):
-        node = node.setdefault(name, {})
-        if not isinstance(node, dict):
+        below = {} if node.get(name) is None else node[name]
+        if not isinstance(below, dict):
             raise ConfigError(f"--set {override}: {'.'.join(parents[: i + 1])} is a value, not a section")
+        node[name] = node = dict(below)  # a copy: an anchor may have put the same mapping elsewhere too
     try:
         node[leaf] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
 
 
-def _explain(path: Path, tree: dict[str, Any], error: Any) -> str:
-    """One line for one pydantic error: file, key, what is wrong, what is allowed."""
-    key = ".".join(str(part) for part in error["loc"] if part not in ("sft", "grpo"))
-    if error["type"] == "extra_forbidden":
-        parent, _, leaf = key.rpartition(".")
-        fields = _fields_at(parent.split(".") if parent else [], tree)
-        return f"{path}: unknown key {key!r}{nearest(leaf, fields)}"
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("missing", "value_error") else f" (given: {error['input']!r})"
-    return f"{path}: {key or 'configuration'}: {message}{given}"
+def _explain(tree: dict[str, Any], error: Any) -> str:
+    """One line for one pydantic error: the key, what is wrong, what is allowed."""
+    loc = error["loc"]
+    if loc[:1] == ("stages",):
+        loc = loc[:2] + loc[3:]  # pydantic puts the kind after the stage's name
+    parts = [str(part) for part in loc if part != "[key]"]
+    key, kind = ".".join(parts), error["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key {key!r}{nearest(parts[-1], _fields_at(parts[:-1], tree))}"
+    if kind == "union_tag_not_found":
+        return f"{key}.kind: missing; 'sft' or 'grpo'{_misspelt(tree, *parts)}"
+    if kind == "union_tag_invalid":
+        return f"{key}.kind: Input should be 'sft' or 'grpo' (given: {error['input']['kind']!r})"
+    message = _MESSAGES.get(kind, error["msg"].removeprefix("Value error, "))
+    given = "" if kind in ("missing", "value_error") else f" (given: {error['input']!r})"
+    hint = _misspelt(tree, *parts) if kind == "value_error" and parts[:1] == ["data"] and len(parts) == 2 else ""
+    return f"{key or 'configuration'}: {message}{given}{hint}"
+
+
+def _misspelt(tree: dict[str, Any], section: str, name: str) -> str:
+    """A hint, if ``section.name`` does not say what it is and nearly has the name of another."""
+    others = [other for other in tree[section] if other != name and isinstance(other, str)]
+    close = difflib.get_close_matches(name, others, n=1, cutoff=0.5)
+    complete = {"kind", "path", "hub", "function"} & tree[section].get(name, {}).keys()
+    return f" (or did you mean {section}.{close[0]}?)" if close and not complete else ""
 
 
 def _fields_at(parts: list[str], tree: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,22 @@ from revisual_fast import __version__
 from revisual_fast.checkpoint import Checkpoints, write_atomically
 from revisual_fast.config import Config, GRPOConfig
 from revisual_fast.data.processor import Processor
-from revisual_fast.data.records import BadRecords, Record, load_dataset
+from revisual_fast.data.records import BadRecordError, BadRecords, Record, load_dataset
 from revisual_fast.doctor import device_name
 from revisual_fast.evaluate import evaluate
+from revisual_fast.ops import OPS, resolve_backend
 from revisual_fast.policy.init import build
-from revisual_fast.policy.load import export_model, load_policy, quiet_transformers
+from revisual_fast.policy.load import check_model_path, export_model, load_policy, pick_device, quiet_transformers
 from revisual_fast.policy.model import Policy
 from revisual_fast.rollout.hf import HFEngine
-from revisual_fast.run_dir import START, RunDir
+from revisual_fast.run_dir import RunDir
 from revisual_fast.seeds import seed_for
-from revisual_fast.stages.grpo import GRPOStage
+from revisual_fast.stages.grpo import GRPOStage, build_objective, build_rewards
 from revisual_fast.stages.sft import SFTStage
 from revisual_fast.stages.stage import NonFiniteError, Stage, StageContext
 from revisual_fast.stop import StopRequest
 from revisual_fast.telemetry import Progress, Telemetry, write_report
+from revisual_fast.telemetry.report import START
 
 __all__ = ["Curriculum", "Interrupted", "NonFiniteError", "train"]
 
@@ -56,11 +59,11 @@ class Curriculum:
         self.run_dir = RunDir(config, resume=resume, overwrite=overwrite)
         self.checkpoints = Checkpoints(self.run_dir.path, config.checkpoint.keep)
         self.progress = Progress(config.telemetry.progress)
-        self.stop = StopRequest(self.progress.message)
+        self.stop = StopRequest()
         self.bad_records = BadRecords()
         self.state: dict[str, Any] = {"stage": 0, "global_step": 0, "seconds": {}, "steps": {}, "skipped": {}}
         self.resume = resume
-        self.resumed_from = self.checkpoints.latest() if resume else None
+        self.resumed_from: Path | None = None
         self.stage_state: dict[str, Any] | None = None  # of the stage that the checkpoint was written in
         self.telemetry: Telemetry | None = None
 
@@ -80,26 +83,39 @@ class Curriculum:
                 self._evaluate_start()
             while self.state["stage"] < len(self.config.curriculum):
                 self._run_stage(self.config.curriculum[self.state["stage"]])
+                if self.stop.requested:
+                    raise Interrupted(f"stopped; saved {self.checkpoints.latest()}; continue with --resume")
         return self._report()
 
     # -- set-up
 
     def start(self) -> None:
-        """What happens once, before the first stage: torch, model, data, telemetry, header."""
+        """What happens once, before the first stage. Whatever is wrong with a later stage comes to light here."""
         self._prepare_torch()
-        model = self.config.model
-        if model.init is not None and not Path(model.path).exists():
-            for line in build(model.init, model.path, seed=self.config.run.seed):
-                self.progress.message(line)
-        self.processor = Processor(
-            model.path, self.config.chat, min_pixels=model.min_pixels, max_pixels=model.max_pixels
-        )
+        for name in self.config.curriculum:
+            stage = self.config.stages[name]
+            if isinstance(stage, GRPOConfig):
+                build_objective(stage)
+                build_rewards(name, stage)
         self.records = self._load_data()
-        telemetry_state = None
-        if self.resumed_from is not None:
-            self.optimizer_tensors, saved = self.checkpoints.load(self.resumed_from)
-            self.state, self.stage_state, telemetry_state = saved["run"], saved["stage"], saved["telemetry"]
-            self.bad_records.load_state_dict(saved["bad_records"])
+        self.run_dir.claim()
+        try:
+            self._open()
+        except BaseException:
+            self.run_dir.give_up()
+            raise
+        self.run_dir.confirm()
+
+    def _open(self) -> None:
+        """Model, checkpoint, telemetry, header."""
+        model, path = self.config.model, self.config.start_model
+        pick_device(model.device)
+        if model.init is not None and not Path(path).exists():
+            for line in build(model.init, path, seed=self.config.run.seed):
+                self.progress.message(line)
+        check_model_path(path)
+        self.processor = Processor(path, self.config.chat, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
+        telemetry_state = self._restore() if self.resume else None
         self.telemetry = Telemetry(
             self.run_dir.path, self.config.telemetry, self.run_dir.path.name, resume_from=telemetry_state
         )
@@ -108,11 +124,28 @@ class Curriculum:
             self.progress.message(line)
         self._write_run()
 
+    def _restore(self) -> dict[str, Any] | None:
+        """Go back to the newest checkpoint, if there is one; returns telemetry's part of it."""
+        self.checkpoints.recover()
+        self.resumed_from = self.checkpoints.latest()
+        if self.resumed_from is None:
+            return None
+        self.optimizer_tensors, saved = self.checkpoints.load(self.resumed_from)
+        self.state, self.stage_state = saved["run"], saved["stage"]
+        self.bad_records.load_state_dict(saved["bad_records"])
+        begun = self.state["stage"] + (self.stage_state is not None)
+        before, now = saved["curriculum"][:begun], self.config.curriculum[:begun]
+        if before != now:
+            raise ValueError(f"--resume: the run has gone through {before}, but curriculum begins with {now}")
+        return saved["telemetry"]
+
     def _prepare_torch(self) -> None:
         if self.config.run.threads is not None:
             torch.set_num_threads(self.config.run.threads)
         torch.set_flush_denormal(True)
-        torch.use_deterministic_algorithms(self.config.run.deterministic)
+        if self.config.run.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+            torch.use_deterministic_algorithms(True)
         quiet_transformers()
 
     def _load_data(self) -> dict[str, list[Record]]:
@@ -126,6 +159,13 @@ class Curriculum:
         lines += [f"data {name}: {len(records)} records" for name, records in self.records.items()]
         lines += [f"bad records ({reason}): {count}" for reason, count in self.bad_records.counts.items()]
         lines.append(f"curriculum: {' -> '.join(self.config.curriculum)}")
+        lines.append(f"backends: {', '.join(f'{op} {resolve_backend(op)}' for op in OPS)}, attention sdpa")
+        for name in self.config.curriculum:
+            stage = self.config.stages[name]
+            if isinstance(stage, GRPOConfig):
+                lines += [f"{name}: {line}" for line in build_rewards(name, stage).header()]
+                if stage.pad.mode in ("paper", "sample") and stage.pad.rho == 1:
+                    lines.append(f"{name}: pad.rho is 1, so the draw of pad mode {stage.pad.mode} keeps everything")
         if self.resume:
             lines.append(f"resumed from {self.resumed_from or 'the beginning: there is no checkpoint yet'}")
             lines += self.run_dir.changed_settings()
@@ -135,7 +175,7 @@ class Curriculum:
 
     def _evaluate_start(self) -> None:
         began = time.perf_counter()
-        self._evaluate(load_policy(self.config.model.path, self.config.model), START, 0, "heldout")
+        self._evaluate(load_policy(self.config.start_model, self.config.model), START, 0, "heldout")
         self._note(START, time.perf_counter() - began, 0, 0)
 
     def _run_stage(self, name: str) -> None:
@@ -163,8 +203,13 @@ class Curriculum:
 
     def _train_step(self, name: str, stage: Stage) -> None:
         assert self.telemetry is not None
+        before = stage.state_dict()
         try:
             metrics = stage.run_step()
+        except BadRecordError as error:
+            stage.load_state_dict(before)
+            path = self._save(stage.policy, stage)
+            raise ValueError(f"{error}\nsaved {path}; continue with --resume") from None
         except NonFiniteError as error:
             good = self.checkpoints.latest() or "none yet"
             raise NonFiniteError(
@@ -205,7 +250,7 @@ class Curriculum:
         """The current stage, at its start or where the checkpoint left it."""
         stage, midway = self.config.stages[name], self.stage_state
         done = self.config.curriculum[: self.state["stage"]]
-        source = self.run_dir.model(done[-1]) if done else Path(self.config.model.path)
+        source = self.run_dir.model(done[-1]) if done else Path(self.config.start_model)
         torch.manual_seed(seed_for(self.config.run.seed, name, "init"))
         policy = self._stage_policy(source)
         records = [record for dataset in stage.data for record in self.records[dataset]]
@@ -213,8 +258,6 @@ class Curriculum:
         built: Stage
         if isinstance(stage, GRPOConfig):
             built = GRPOStage(context, stage, self._engine(policy), self._reference(stage, source, policy))
-            for line in built.rewards.header():
-                self.progress.message(f"{name}: {line}")
         else:
             built = SFTStage(context, stage)
         if midway is not None:
@@ -242,7 +285,13 @@ class Curriculum:
         return reference
 
     def _engine(self, policy: Policy) -> HFEngine:
-        return HFEngine(policy, self.processor.eos_token_id, max_batch=self.config.rollout.max_batch)
+        return HFEngine(
+            policy,
+            self.processor.eos_token_ids,
+            max_batch=self.config.rollout.max_batch,
+            max_cached_tokens=self.config.rollout.max_cached_tokens,
+            prefill_tokens=self.config.train.micro_batch_tokens,
+        )
 
     def _export(self, policy: Policy, folder: Path) -> None:
         export_model(policy, folder)
@@ -264,6 +313,7 @@ class Curriculum:
         self.progress.phase("checkpoint")
         state = {
             "run": self.state,
+            "curriculum": self.config.curriculum,
             "stage": stage.state_dict() if stage is not None else None,
             "telemetry": self.telemetry.state_dict(),
             "bad_records": self.bad_records.state_dict(),

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from revisual_fast.config import Config, RewardConfig
-from revisual_fast.data.processor import Processor
+from revisual_fast.data.processor import Example, Processor
 from revisual_fast.data.records import BadRecords, Record, load_dataset
 from revisual_fast.policy.load import load_policy
 from revisual_fast.rewards import Completion, Rewards
@@ -22,20 +22,23 @@ def evaluate(
     """Answer every usable record once, greedily.
 
     Returns ``accuracy`` (share of right answers, 0..1), ``n`` (records answered), ``length_mean`` (response tokens),
-    ``truncated`` (share that hit the limit) and ``seconds``. Raises ValueError if no record is usable.
+    ``truncated`` (share that hit the limit) and ``seconds``. Only as many prompts as are decoded together are in memory
+    at a time. Raises ValueError if no record is usable.
     """
     start = time.perf_counter()
     limit = config.evaluation.max_response_tokens
     chosen = records[: config.evaluation.max_samples]
-    encoded = [processor.encode_or_report(r, bad_records, config.data[r.dataset].on_bad_record) for r in chosen]
-    examples = [e for e in encoded if e is not None]
-    if not examples:
-        raise ValueError("evaluation: no usable record")
-    rollouts = engine.generate([e.prompt for e in examples], 1, Sampling(max_tokens=limit, temperature=0))
-    completions = [
-        Completion(processor.decode(r.ids), len(r.ids), r.finished, e.record)
-        for e, (r,) in zip(examples, rollouts, strict=True)
-    ]
+    together = max(1, min(config.rollout.max_batch, config.rollout.max_cached_tokens // limit))
+    completions: list[Completion] = []
+    for first in range(0, len(chosen), together):
+        encoded = [
+            processor.encode_or_report(r, bad_records, config.data[r.dataset].on_bad_record)
+            for r in chosen[first : first + together]
+        ]
+        completions += _answer([e for e in encoded if e is not None], limit, engine, processor)
+    if not completions:
+        names = ", ".join(sorted({f"data.{r.dataset}" for r in chosen})) or "evaluation"
+        raise ValueError(f"{names}: no usable record among the {len(chosen)} to evaluate: {bad_records.counts}")
     table = Rewards({"accuracy": RewardConfig()}, max_response_tokens=limit)(completions)
     return {
         "accuracy": float(table.accuracy.double().mean()),
@@ -46,16 +49,34 @@ def evaluate(
     }
 
 
+def _answer(examples: list[Example], limit: int, engine: Engine, processor: Processor) -> list[Completion]:
+    rollouts = engine.generate([e.prompt for e in examples], 1, Sampling(max_tokens=limit, temperature=0))
+    return [
+        Completion(processor.decode(r.ids), len(r.ids), r.finished, e.record)
+        for e, (r,) in zip(examples, rollouts, strict=True)
+    ]
+
+
 def evaluate_model(config: Config, path: str) -> dict[str, dict[str, Any]]:
-    """:func:`evaluate` the model at ``path`` on every dataset of ``config.evaluation.heldout``; name -> result."""
+    """:func:`evaluate` the model at ``path`` on every dataset of ``config.evaluation.heldout``; name -> result.
+
+    A result has one more key, ``bad_records``: reason -> number of records of this dataset that were left out.
+    """
     if not config.evaluation.heldout:
         raise ValueError("evaluation.heldout is empty: name the datasets to evaluate on")
     policy = load_policy(path, config.model)
     processor = Processor(path, config.chat, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
-    engine = HFEngine(policy, processor.eos_token_id, max_batch=config.rollout.max_batch)
-    bad = BadRecords()
+    engine = HFEngine(
+        policy,
+        processor.eos_token_ids,
+        max_batch=config.rollout.max_batch,
+        max_cached_tokens=config.rollout.max_cached_tokens,
+        prefill_tokens=config.train.micro_batch_tokens,
+    )
     results = {}
     for name, dataset in config.evaluation.heldout.items():
+        bad = BadRecords()
         records = load_dataset(dataset, config.data[dataset], bad)
-        results[name] = evaluate(records, config, engine, processor, bad)
+        result = evaluate(records, config, engine, processor, bad)
+        results[name] = {**result, "bad_records": bad.counts}
     return results

@@ -29,7 +29,8 @@ class Optimizer:
     """Updates the trainable ones of ``named_parameters``; matrices decay, vectors (norms, biases) do not.
 
     Weights that are not fp32 get an fp32 master copy, which is what AdamW updates: at a learning rate of 1e-6 an update
-    is far below the resolution of bf16 and would be lost.
+    is far below the resolution of bf16 and would be lost. Their gradients are added up in fp32 as well, one backward
+    pass after the other: a sum over many micro-batches stops growing in bf16.
     """
 
     def __init__(
@@ -45,6 +46,9 @@ class Optimizer:
         self.masters = {
             n: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for n, p in self.parameters.items()
         }
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                self.parameters[name].register_post_accumulate_grad_hook(_adds_to(master))
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, master in self.masters.items():
             groups.setdefault((is_vision(name), master.ndim > 1), []).append(master)
@@ -65,10 +69,6 @@ class Optimizer:
 
         If the norm is not finite nothing is updated.
         """
-        for name, master in self.masters.items():
-            parameter = self.parameters[name]
-            if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float()
         norm = float(nn.utils.clip_grad_norm_(self.masters.values(), self.config.max_grad_norm))
         if math.isfinite(norm):
             for group, lr in zip(self.adamw.param_groups, self.base_lrs, strict=True):
@@ -85,8 +85,8 @@ class Optimizer:
                 self.parameters[name].copy_(master)
 
     def zero_grad(self) -> None:
-        for parameter in (*self.parameters.values(), *self.masters.values()):
-            parameter.grad = None
+        for master in self.masters.values():
+            master.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name: ``exp_avg/<name>``, ``step/<name>``, ``master/<name>``..."""
@@ -109,6 +109,17 @@ class Optimizer:
             if key == "master":
                 master.copy_(tensor)
             else:
-                device = "cpu" if key == "step" and not master.is_cuda else master.device
-                self.adamw.state[master][key] = tensor.to(device)
+                self.adamw.state[master][key] = tensor.to(master.device)
         self._write_back()
+
+
+def _adds_to(master: nn.Parameter) -> Callable[[Tensor], None]:
+    """A hook that moves a parameter's gradient into its master's, in fp32, as soon as a backward pass has made it."""
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    return add

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 __all__ = ["StopRequest"]
 
+_SAID = b"\nstopping: this step is finished and saved first; once more to stop at once\n"
+
 
 class StopRequest:
     """A context manager; inside it, ``requested`` says whether the run was asked to stop after the current step."""
 
-    def __init__(self, announce: Callable[[str], None]):
+    def __init__(self) -> None:
         self.requested = False
-        self._announce = announce
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -31,4 +32,4 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self._announce("stopping: this step is finished and saved first; once more to stop at once")
+        os.write(2, _SAID)  # print is not safe inside a signal handler

@@ -48,23 +48,31 @@ class ImageRef:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 (hex) of the file's or the image's bytes: equal keys are equal images."""
-        if isinstance(self.content, Image.Image):
-            image = self.content
-            return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
-        content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
-        return hashlib.sha256(content).hexdigest()
+        """SHA-256 (hex) of the file's or the image's bytes: equal keys are equal images.
+
+        Raises :class:`BadRecordError` if the file has gone or cannot be read.
+        """
+        try:
+            return hashlib.sha256(self._content_bytes()).hexdigest()
+        except _UNREADABLE as error:
+            raise self._bad(error) from error
 
     def open(self) -> Image.Image:
         """The image in RGB, turned as its camera says; what is transparent becomes white.
 
-        Raises :class:`BadRecordError` if it cannot be decoded.
+        Raises :class:`BadRecordError` if the file has gone, or the image cannot be read or decoded.
         """
         try:
             with self._opened() as image:
                 return _rgb(ImageOps.exif_transpose(image))
         except _UNREADABLE as error:
-            raise self._unreadable(error) from error
+            raise self._bad(error) from error
+
+    def _content_bytes(self) -> bytes:
+        if isinstance(self.content, Image.Image):
+            image = self.content
+            return f"{image.mode} {image.size} ".encode() + image.tobytes()
+        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
 
     def _opened(self) -> Image.Image:
         if isinstance(self.content, Image.Image):
@@ -77,10 +85,12 @@ class ImageRef:
         try:
             self._opened().close()
         except _UNREADABLE as error:
-            raise self._unreadable(error) from error
+            raise self._bad(error) from error
 
-    def _unreadable(self, error: BaseException) -> BadRecordError:
+    def _bad(self, error: BaseException) -> BadRecordError:
         name = str(self.content) if isinstance(self.content, Path) else "image given as bytes"
+        if isinstance(error, FileNotFoundError):
+            return BadRecordError(MISSING_IMAGE, f"{error.filename or name}: the file has gone")
         # PIL's own message repeats the path or the address of a buffer
         why = "not an image that PIL knows" if isinstance(error, Image.UnidentifiedImageError) else error
         return BadRecordError(UNREADABLE_IMAGE, f"{name}: {why}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import cached_file
 
 from revisual_fast.config import ChatConfig
 from revisual_fast.data.bad import SPECIAL_TOKEN, UNREADABLE_IMAGE, BadRecordError, BadRecords
@@ -50,6 +52,8 @@ class Processor:
 
     ``min_pixels`` and ``max_pixels`` bound an image's size after scaling; None keeps the model's own. Raises ValueError
     if the tokenizer or the image settings are missing or are not those of a Qwen2.5-VL model.
+
+    ``eos_token_id`` ends a training target. It is the first of ``eos_token_ids``, any of which ends a generated answer.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class Processor:
         except OSError as error:  # what transformers raises for a file that is not there
             raise ValueError(f"model.path: {model_path}: {error}") from error
         self.eos_token_id: int = self._token_id(self.tokenizer.eos_token, "an end-of-sequence token", model_path)
+        ends = [self.eos_token_id, *_model_eos(model_path)]
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
         self.image_token_id: int = self._token_id(IMAGE_TOKEN, IMAGE_TOKEN, model_path)
         self._check(model_path)
         self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
@@ -111,7 +117,7 @@ class Processor:
     def encode(self, record: Record, with_response: bool = False) -> Example:
         """The record as the model reads it.
 
-        Raises :class:`BadRecordError` for an unreadable image or a special token in the text.
+        Raises :class:`BadRecordError` for an image that is missing or unreadable and for a special token in the text.
         """
         images = [self._patches(image, record.source) for image in record.images]
         ids = self._ids(self.chat_text(record.prompt))
@@ -156,17 +162,21 @@ class Processor:
         if record.response is None:
             raise ValueError(f"{record.source}: no response; set data.{record.dataset}.response")
         ids = self._ids(record.response)
-        for token, token_id in ((self.tokenizer.eos_token, self.eos_token_id), (IMAGE_TOKEN, self.image_token_id)):
+        for token_id in (*self.eos_token_ids, self.image_token_id):
             if token_id in ids:
+                token = self.tokenizer.convert_ids_to_tokens(token_id)
                 raise BadRecordError(SPECIAL_TOKEN, f"the response contains {token}", record.source)
         return torch.cat([ids, torch.tensor([self.eos_token_id])])
 
     def _patches(self, image: ImageRef, source: str) -> tuple[Tensor, Tensor]:
         """Patches [n, d] fp32 and grid [3] int64 of an image; the latest are kept, up to the cache's size in bytes."""
-        if image.key in self._cache:
-            self._cache.move_to_end(image.key)
-            return self._cache[image.key]
-        opened = image.open()
+        try:
+            if image.key in self._cache:
+                self._cache.move_to_end(image.key)
+                return self._cache[image.key]
+            opened = image.open()
+        except BadRecordError as error:
+            raise BadRecordError(error.reason, error.detail, source) from error
         try:
             made = self.image_processor(images=[opened], return_tensors="pt")
         except ValueError as error:  # longer than 200 times its width
@@ -178,3 +188,19 @@ class Processor:
             _, (dropped, _) = self._cache.popitem(last=False)
             self._cache_room += dropped.nbytes
         return entry
+
+
+def _model_eos(model_path: str | Path) -> list[int]:
+    """The end-of-sequence ids that transformers' generate would use: generation_config.json's, else config.json's."""
+    for name in ("generation_config.json", "config.json"):
+        file = cached_file(model_path, name, _raise_exceptions_for_missing_entries=False)
+        if file is None:
+            continue
+        try:
+            settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"model.path: {model_path}: {name} is not valid JSON: {error}") from None
+        found = settings.get("eos_token_id", settings.get("text_config", {}).get("eos_token_id"))
+        if found is not None:
+            return found if isinstance(found, list) else [found]
+    return []

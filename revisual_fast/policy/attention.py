@@ -79,14 +79,16 @@ class SdpaPlan:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
         parts = []
         for b in self.buckets:
+            queries, keys, values = (
+                x[index].transpose(1, 2)  # [B, heads, L, d]
+                for x, index in ((q, b.query_index), (k, b.key_index), (v, b.key_index))
+            )
+            grouped = keys.shape[1] != queries.shape[1]
+            if grouped and queries.is_cuda:  # there, a mask with grouped heads would fall to the unfused kernel
+                share = queries.shape[1] // keys.shape[1]
+                keys, values, grouped = keys.repeat_interleave(share, 1), values.repeat_interleave(share, 1), False
             out = F.scaled_dot_product_attention(
-                q[b.query_index].transpose(1, 2),  # [B, H, Lq, d]
-                k[b.key_index].transpose(1, 2),
-                v[b.key_index].transpose(1, 2),
-                attn_mask=b.mask,
-                is_causal=b.mask is None,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
+                queries, keys, values, attn_mask=b.mask, is_causal=b.mask is None, scale=scaling, enable_gqa=grouped
             )
             parts.append(out.transpose(1, 2)[b.valid])  # [rows, H, d]
         return torch.cat(parts)[self.back][None]

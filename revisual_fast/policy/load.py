@@ -13,7 +13,7 @@ from revisual_fast.config import LoraConfig, ModelConfig
 from revisual_fast.policy.families import family_for
 from revisual_fast.policy.model import Policy
 
-__all__ = ["export_model", "load_policy", "pick_device", "quiet_transformers"]
+__all__ = ["check_model_path", "export_model", "load_policy", "pick_device", "quiet_transformers"]
 
 
 def quiet_transformers() -> None:
@@ -29,7 +29,18 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(
             f"model.device: {name} was asked for, but torch sees no CUDA device (try `revisual-fast doctor`)"
         )
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"model.device: {name!r} is no device; for example auto, cpu, cuda, cuda:1") from None
+
+
+def check_model_path(path: str | Path) -> None:
+    """Raises ValueError if ``path`` is meant as a directory (it is no ``owner/name``) and is not there."""
+    name = str(path)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
+    if looks_local and not Path(name).is_dir():
+        raise ValueError(f"model.path: there is no directory {name}")
 
 
 def load_policy(path: str | Path, config: ModelConfig, *, adapter: Path | None = None) -> Policy:
@@ -37,6 +48,7 @@ def load_policy(path: str | Path, config: ModelConfig, *, adapter: Path | None =
 
     Raises ValueError where there is no model, or the model's family is not supported.
     """
+    check_model_path(path)
     try:
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
@@ -85,5 +97,7 @@ def export_model(policy: Policy, folder: Path) -> None:
     weights = {n.replace(".base_layer.", "."): w for n, w in base.state_dict().items() if ".lora_" not in n}
     for name, module in base.named_modules():
         if hasattr(module, "get_delta_weight"):
-            weights[f"{name}.weight"] = weights[f"{name}.weight"] + module.get_delta_weight("default")
+            weight = weights[f"{name}.weight"]
+            merged = weight.float() + module.get_delta_weight("default").float()
+            weights[f"{name}.weight"] = merged.to(weight.dtype)
     base.save_pretrained(folder, state_dict=weights)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from revisual_fast.packing import Group, Layout, PackedBatch, pack_groups
 from revisual_fast.policy.attention import NAME, AttentionPlan, SdpaPlan
@@ -51,6 +51,12 @@ class Policy:
             raise ValueError("freeze_vision: this model has no vision parameters")
         for parameter in vision:
             parameter.requires_grad_(False)
+
+    def without_dropout(self) -> None:
+        """Switch dropout off for good: a ratio between two passes must measure the weights, not the masks."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
 
     def without_adapter(self) -> AbstractContextManager[Any]:
         """Inside, a LoRA policy computes what its base model would; any other policy is unchanged."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,21 +46,22 @@ class Rewards:
     """The rewards of a stage.
 
     A component is a built-in reward or the user's ``function(completions: list[Completion], **args)``, which returns a
-    finite number for each completion. Raises ValueError for an unknown name, a function that cannot be loaded, and
-    arguments that it does not take.
+    finite number for each completion. ``where`` is the configuration key of ``components``, for messages. Raises
+    ValueError for an unknown name, a function that cannot be loaded, and arguments that it does not take.
     """
 
-    def __init__(self, components: dict[str, RewardConfig], *, max_response_tokens: int):
+    def __init__(self, components: dict[str, RewardConfig], *, max_response_tokens: int, where: str = "rewards"):
         if "accuracy" not in components:
-            raise ValueError("rewards: there must be a component named accuracy (weight 0 is allowed)")
+            raise ValueError(f"{where}: there must be a component named accuracy (weight 0 is allowed)")
         self.max_response_tokens = max_response_tokens
+        self._where = where
         self._weights = {name: config.weight for name, config in components.items()}
         self._args = {name: dict(config.args) for name, config in components.items()}
         self._functions = {name: self._load(name, config) for name, config in components.items()}
         self._described = {name: config.function or "built in" for name, config in components.items()}
 
     def _load(self, name: str, config: RewardConfig) -> Callable[..., Sequence[float]]:
-        where = f"rewards.{name}"
+        where = f"{self._where}.{name}"
         if config.function is not None:
             function = load_function(config.function, f"{where}.function")
         elif name in BUILTIN:
@@ -71,7 +72,7 @@ class Rewards:
                 f"for your own, say {where}.function: file.py:function"
             )
         if function is length:
-            self._args[name].setdefault("budget", self.max_response_tokens)
+            _need_budget(self._args[name], f"{where}.args")
         check_arguments(function, self._args[name], f"{where}.args", positional=1)
         if function is length:
             self._length_range(name)
@@ -81,7 +82,7 @@ class Rewards:
         try:
             return length_range(**self._args[name])
         except (TypeError, ValueError) as error:
-            raise ValueError(f"rewards.{name}.args: {error}") from None
+            raise ValueError(f"{self._where}.{name}.args: {error}") from None
 
     def __call__(self, completions: list[Completion]) -> RewardTable:
         """The table for N ``completions``. Raises ValueError if a component does not give N finite numbers."""
@@ -125,3 +126,12 @@ class Rewards:
         if end > limit:
             return f"{text}: moves only from {max(start, 0):g} to {limit}, where responses end"
         return text
+
+
+def _need_budget(args: Mapping[str, Any], where: str) -> None:
+    if "budget" not in args:
+        found = f"; found only {', '.join(map(repr, args))}" if args else ""
+        raise ValueError(
+            f"{where}.budget: give the number of tokens that an answer may take, well below max_response_tokens "
+            f"(a limit is no budget: a reward that begins to fall there never moves){found}"
+        )

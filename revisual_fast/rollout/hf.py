@@ -2,6 +2,7 @@
 
 A prompt (and its images) is prefilled once; its keys and values are then expanded to the ``n`` completions. Decoding is
 one packed row of one new token per unfinished sequence: no left padding, and finished sequences leave the batch.
+Three budgets bound the memory; which completions come out of greedy decoding does not depend on them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from revisual_fast.packing import Group, PackedPrompt
+from revisual_fast.packing import Group, PackedPrompt, split_groups
 from revisual_fast.policy.attention import PrefillPlan
 from revisual_fast.policy.model import Policy
 from revisual_fast.rollout.engine import Rollout, Sampling
@@ -21,31 +22,58 @@ from revisual_fast.rollout.engine import Rollout, Sampling
 __all__ = ["HFEngine"]
 
 GROW = 64
-"""Positions by which a full cache grows."""
+"""Positions by which a full cache grows at least; a large one grows by a quarter."""
 COMPACT = 0.75
 """Share of unfinished sequences below which the finished ones are dropped from the cache."""
 
 
 class HFEngine:
-    """The :class:`~revisual_fast.rollout.engine.Engine` on a policy; at most ``max_batch`` sequences at once."""
+    """The :class:`~revisual_fast.rollout.engine.Engine` on a policy; any of ``eos_token_ids`` ends a sequence.
 
-    def __init__(self, policy: Policy, eos_token_id: int, *, max_batch: int = 1024):
+    Decoded together are at most ``max_batch`` sequences whose cache, at its largest, has at most ``max_cached_tokens``
+    positions (each sequence takes those of the longest prompt and ``sampling.max_tokens``), but at least the ``n``
+    completions of one prompt. Prompts are prefilled in packed rows of at most ``prefill_tokens``, or of one prompt.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        eos_token_ids: Sequence[int],
+        *,
+        max_batch: int = 1024,
+        max_cached_tokens: int = 262144,
+        prefill_tokens: int = 16384,
+    ):
         self.policy = policy
-        self.eos = eos_token_id
+        self.eos = tuple(eos_token_ids)
         self.max_batch = max_batch
+        self.max_cached_tokens = max_cached_tokens
+        self.prefill_tokens = prefill_tokens
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[PackedPrompt], n: int, sampling: Sampling) -> list[list[Rollout]]:
         was_training = self.policy.model.training
         self.policy.model.eval()
         generator = torch.Generator(self.policy.device).manual_seed(sampling.seed)
-        at_once = max(1, self.max_batch // n)
         rollouts: list[list[Rollout]] = []
-        for first in range(0, len(prompts), at_once):
-            batch = _Batch(self, prompts[first : first + at_once], n, sampling, generator)
-            rollouts += batch.run()
+        for batch in self._batches(prompts, n, sampling.max_tokens):
+            rollouts += _Batch(self, batch, n, sampling, generator).run()
         self.policy.model.train(was_training)
         return rollouts
+
+    def _batches(self, prompts: Sequence[PackedPrompt], n: int, max_tokens: int) -> list[list[PackedPrompt]]:
+        """The prompts, in order, in batches within the budgets."""
+        batches: list[list[PackedPrompt]] = []
+        longest = 0
+        for prompt in prompts:
+            longest = max(longest, len(prompt.ids))
+            sequences = n * (len(batches[-1]) + 1) if batches else 0
+            full = sequences > self.max_batch or sequences * (longest + max_tokens) > self.max_cached_tokens
+            if not batches or full:
+                batches.append([])
+                longest = len(prompt.ids)
+            batches[-1].append(prompt)
+        return batches
 
 
 class _Batch:
@@ -59,12 +87,13 @@ class _Batch:
         sampling: Sampling,
         generator: torch.Generator,
     ):
-        self.policy, self.eos, self.n, self.sampling, self.generator = engine.policy, engine.eos, n, sampling, generator
+        self.engine, self.policy, self.n, self.sampling, self.generator = engine, engine.policy, n, sampling, generator
         self.tokens: list[list[int]] = [[] for _ in range(len(prompts) * n)]
         self.logps: list[list[float]] = [[] for _ in range(len(prompts) * n)]
         self.prompts = prompts
 
     def run(self) -> list[list[Rollout]]:
+        eos = torch.tensor(self.engine.eos, dtype=torch.long, device=self.policy.device)
         logits, plan = self._prefill()
         alive = torch.arange(len(self.tokens), device=self.policy.device)  # sequence of each cache row
         going = torch.ones_like(alive, dtype=torch.bool)
@@ -72,7 +101,7 @@ class _Batch:
         for step in range(self.sampling.max_tokens):
             token, logp = sample(logits, self.sampling, self.generator)
             steps.append((alive, token, logp))
-            going &= token != self.eos
+            going &= ~torch.isin(token, eos)
             remaining = int(going.sum())
             if remaining == 0 or step + 1 == self.sampling.max_tokens:
                 break
@@ -86,15 +115,23 @@ class _Batch:
         return self._collect(steps)
 
     def _prefill(self) -> tuple[Tensor, DecodePlan]:
+        """Logits [prompts * n, V] of the first tokens, and the plan that continues from the prompts."""
         policy = self.policy
-        batch = policy.pack([Group(p, []) for p in self.prompts])
-        prefill = PrefillPlan(batch.segments, policy.device)
-        states = policy.states(batch, prefill)
-        lengths = torch.tensor(batch.segments.length, device=policy.device)
-        ends = torch.tensor(batch.segments.start, device=policy.device) + lengths
-        top = batch.positions[:, 0].amax(0).split(batch.segments.length)
-        plan = DecodePlan(prefill, lengths, torch.stack([p.max() for p in top]) + 1, self.n)
-        return policy.logits(states[ends - 1]).repeat_interleave(self.n, 0), plan
+        groups = [Group(p, []) for p in self.prompts]
+        logits: list[Tensor] = []
+        kept: list[_Kept] = []
+        top: list[Tensor] = []
+        for part in split_groups(groups, self.engine.prefill_tokens):
+            batch = policy.pack([groups[i] for i, _ in part])
+            prefill = PrefillPlan(batch.segments, policy.device)
+            states = policy.states(batch, prefill)
+            ends = torch.tensor(batch.segments.length, device=policy.device).cumsum(0)
+            logits.append(policy.logits(states[ends - 1]))
+            kept.append(prefill.kept)
+            top += [p.max() for p in batch.positions[:, 0].amax(0).split(batch.segments.length)]
+        lengths = torch.tensor([len(p.ids) for p in self.prompts], device=policy.device)
+        plan = DecodePlan(kept, lengths, torch.stack(top) + 1, self.n, self.sampling.max_tokens)
+        return torch.cat(logits).repeat_interleave(self.n, 0), plan
 
     def _collect(self, steps: list[tuple[Tensor, Tensor, Tensor]]) -> list[list[Rollout]]:
         done = [False] * len(self.tokens)
@@ -103,12 +140,16 @@ class _Batch:
                 if not done[sequence]:
                     self.tokens[sequence].append(t)
                     self.logps[sequence].append(p)
-                    done[sequence] = t == self.eos
+                    done[sequence] = t in self.engine.eos
         flat = [
             Rollout(torch.tensor(t, dtype=torch.long), torch.tensor(p, dtype=torch.float32), d)
             for t, p, d in zip(self.tokens, self.logps, done, strict=True)
         ]
         return [flat[i : i + self.n] for i in range(0, len(flat), self.n)]
+
+
+_Kept = dict[int, tuple[Tensor, Tensor]]
+"""Layer -> key and value of packed prompts, each [T, Hkv, d]."""
 
 
 @dataclass
@@ -118,26 +159,32 @@ class _Layer:
 
 
 class DecodePlan:
-    """Attention of one new token per sequence over its own cached keys and values."""
+    """Attention of one new token per sequence over its own cached keys and values.
 
-    def __init__(self, prefill: PrefillPlan, lengths: Tensor, next_position: Tensor, n: int):
+    ``kept`` holds what each packed row of the prefill kept, and is emptied. ``lengths`` [prompts] and ``next_position``
+    [prompts] are int64. Each sequence takes at most ``max_tokens``.
+    """
+
+    def __init__(self, kept: list[_Kept], lengths: Tensor, next_position: Tensor, n: int, max_tokens: int):
         device = lengths.device
         self.length = lengths.repeat_interleave(n)  # [rows]: cached positions of each row
         self.next_position = next_position.repeat_interleave(n)
         self.row = torch.arange(len(self.length), device=device)
-        width = int(lengths.max())
+        longest = int(lengths.max())
+        self.limit = longest + max_tokens
+        width = min(longest + GROW, self.limit)
         inside = torch.arange(width, device=device) < lengths[:, None]
-        self.layers = {}
-        for layer, (key, value) in prefill.kept.items():
-            self.layers[layer] = _Layer(*(self._expand(x, inside, n) for x in (key, value)))
+        self.layers: dict[int, _Layer] = {}
+        for layer in list(kept[0]):
+            keys, values = zip(*(part.pop(layer) for part in kept), strict=True)
+            self.layers[layer] = _Layer(*(self._expand(torch.cat(x), inside, n) for x in (keys, values)))
         self._mask()
 
     @staticmethod
     def _expand(packed: Tensor, inside: Tensor, n: int) -> Tensor:
-        """[T, Hkv, d] -> [prompts * n, width + GROW, Hkv, d]."""
-        prompts, width = inside.shape
-        cache = packed.new_zeros(prompts, width + GROW, *packed.shape[1:])
-        cache[:, :width][inside] = packed
+        """[T, Hkv, d] -> [prompts * n, L, Hkv, d]; ``inside`` [prompts, L] bool says where a prompt is."""
+        cache = packed.new_zeros(*inside.shape, *packed.shape[1:])
+        cache[inside] = packed
         return cache.repeat_interleave(n, 0)
 
     def _mask(self) -> None:
@@ -164,9 +211,12 @@ class DecodePlan:
         """The new tokens are in the cache; make room for the next."""
         self.length = self.length + 1
         self.next_position = self.next_position + 1
-        if self.length.max() >= self.mask.shape[1]:
+        width = self.mask.shape[1]
+        if self.length.max() >= width:
+            more = min(max(GROW, width // 4), self.limit - width)
             for cache in self.layers.values():
-                cache.key, cache.value = (F.pad(x, (0, 0, 0, 0, 0, GROW)) for x in (cache.key, cache.value))
+                cache.key = F.pad(cache.key, (0, 0, 0, 0, 0, more))
+                cache.value = F.pad(cache.value, (0, 0, 0, 0, 0, more))
         self._mask()
 
     def keep(self, rows: Tensor) -> None:

@@ -8,6 +8,7 @@ on-policy, reference log-probs only where the KL coefficient is not 0.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from revisual_fast.rewards import Completion, Rewards, RewardTable
 from revisual_fast.rollout.engine import Engine, Rollout, Sampling
 from revisual_fast.stages.stage import Stage, StageContext, Stopwatch
 
-__all__ = ["GRPOStage", "entropy_coefficient"]
+__all__ = ["GRPOStage", "build_objective", "build_rewards", "entropy_coefficient"]
 
 
 def entropy_coefficient(config: EntropyConfig, update: int) -> float:
@@ -61,9 +62,10 @@ class GRPOStage(Stage):
         self.engine = engine
         self.reference = reference
         self.objective = build_objective(stage)
+        self.policy.without_dropout()
         if self.objective.kl_coef and reference is None:
             raise ValueError(f"stages.{context.name}: kl_coef is not 0, so a reference policy is needed")
-        self.rewards = Rewards(stage.rewards, max_response_tokens=stage.max_response_tokens)
+        self.rewards = build_rewards(context.name, stage)
         self.last_sample: tuple[Record, list[dict[str, Any]]] | None = None  # a group of the last step, for the report
 
     def step(self, clock: Stopwatch) -> dict[str, Any]:
@@ -157,13 +159,13 @@ class GRPOStage(Stage):
         """The step's optimizer updates, each over its share of the kept sequences."""
         size = max(1, math.ceil(len(sequences) / self.n_updates))
         shares = [sequences[i : i + size] for i in range(0, len(sequences), size)]
-        batches = [self._active(share, self.updates + i) for i, share in enumerate(shares)]
+        batches = [batch for i, share in enumerate(shares) if (batch := self._active(share, self.updates + i))]
         for later in batches[1:]:
             self._fill_logp(later, self.policy, "old_logp")
         if self.reference is not None:
             for batch in batches:
                 self._fill_logp(batch, self.reference, "ref_logp")
-        results = [self._update(batch) for batch in batches if batch]
+        results = [self._update(batch) for batch in batches]
         missing = self.n_updates - len(results)
         if missing:
             self.skipped += missing
@@ -172,7 +174,8 @@ class GRPOStage(Stage):
             self.context.progress.message(f"{where}: {missing} of {self.n_updates} updates had no sequence to train on")
         if not results:
             return {"loss": 0.0}
-        return {key: sum(r[key] for r in results) / len(results) for key in results[0]}
+        combine = {key: max if key.endswith("max") else statistics.fmean for key in results[0]}
+        return {key: function([r[key] for r in results]) for key, function in combine.items()}
 
     def _active(self, share: list[Sequence], update: int) -> list[Sequence]:
         """Weigh the sequences of an update, all of them, then leave out those that cannot change its gradient."""
@@ -310,6 +313,12 @@ class _Meters:
 
     def read(self) -> dict[str, float]:
         return {f"policy/{k}": float(v) / (1 if k.endswith("max") else self.rows) for k, v in self.values.items()}
+
+
+def build_rewards(name: str, stage: GRPOConfig) -> Rewards:
+    """The rewards of the stage called ``name``. Raises ValueError naming the key that is wrong."""
+    where = f"stages.{name}.rewards"
+    return Rewards(stage.rewards, max_response_tokens=stage.max_response_tokens, where=where)
 
 
 def build_objective(stage: GRPOConfig) -> PolicyObjective:

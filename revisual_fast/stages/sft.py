@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from revisual_fast.config import SFTConfig
+from revisual_fast.data.processor import Example
 from revisual_fast.losses import PolicyObjective, TokenBatch
 from revisual_fast.ops import linear_policy_loss
 from revisual_fast.packing import Group, split_groups
@@ -26,7 +28,7 @@ class SFTStage(Stage):
     def step(self, clock: Stopwatch) -> dict[str, Any]:
         with clock("data"):
             examples = self.draw(self.batch_size)
-            groups = [Group(e.prompt, [e.response]) for e in examples if e.response is not None]
+            groups = [Group(e.prompt, [_response(e)]) for e in examples]
         with clock("update"):
             metrics = self._update(groups)
         tokens = sum(group.tokens("shared") for group in groups)
@@ -53,3 +55,8 @@ class SFTStage(Stage):
             loss += out.loss.detach()
         value = float(loss)
         return {"loss": value, **self.apply_gradients(value)}
+
+
+def _response(example: Example) -> Tensor:
+    assert example.response is not None, "the stage encodes with responses"
+    return example.response

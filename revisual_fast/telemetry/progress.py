@@ -17,7 +17,6 @@ __all__ = ["Progress"]
 _SHOWN = (  # metric, label, how it is written
     ("reward/total", "reward", "{:.3f}"),
     ("reward/accuracy", "accuracy", "{:.3f}"),
-    ("sft/token_accuracy", "token accuracy", "{:.3f}"),
     ("loss", "loss", "{:.4f}"),
     ("throughput/rollout", "rollout", "{:,.0f} tok/s"),
     ("throughput/update", "update", "{:,.0f} tok/s"),

@@ -27,11 +27,11 @@ from PIL import Image
 from revisual_fast.telemetry.plots import plot_run
 from revisual_fast.telemetry.sinks import read_jsonl
 
-__all__ = ["write_report"]
+__all__ = ["START", "write_report"]
 
 Record = Mapping[str, Any]
 
-_START = "start"
+START = "start"
 _PHASES = ("rollout", "update", "step")
 _SAMPLES_PER_STAGE = 3
 _COMPLETIONS_PER_SAMPLE = 8
@@ -90,7 +90,7 @@ def _stages(run: Record, metrics: Sequence[Record], evaluations: Sequence[Record
     noted = {stage["name"]: stage for stage in run.get("stages", [])}
     finished = _finished(run)
     stages = []
-    for name in dict.fromkeys([_START, *noted, *(record["stage"] for record in metrics)]):
+    for name in dict.fromkeys([START, *noted, *(record["stage"] for record in metrics)]):
         steps = [record for record in metrics if record["stage"] == name]
         tests = [record for record in evaluations if record["stage"] == name and record["kind"] == "heldout"]
         seconds = sum(r.get("time/step") or 0.0 for r in steps) + sum(r.get("seconds") or 0.0 for r in tests)
@@ -145,7 +145,7 @@ def _what_is_missing(
     heldout = set(config.get("evaluation", {}).get("heldout", {}))
     for name, stage in reported.items():
         absent = sorted(heldout - set(stage["heldout"]))
-        if absent and (name in finished or name == _START):  # the others have not come to it yet
+        if absent and (name in finished or name == START):  # the others have not come to it yet
             missing.append(f"stage {name}: no held-out accuracy for {', '.join(absent)}")
     if not metrics:
         missing.append("metrics.jsonl: no training step yet, so there are no curves")

@@ -197,6 +197,82 @@ def test_non_finite_gradients_are_skipped_then_stop_the_run(small_run, tmp_path,
     assert all(torch.isfinite(w).all() for w in weights.values())
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.rl.rewards.formt={}", "stages.rl.rewards.formt: there is no built-in reward of this name"),
+        ("stages.rl.rewards.mine.function=rewards.py:scor", "stages.rl.rewards.mine.function"),
+        ("stages.rl.rewards.length={}", "budget"),
+        ("data.digits.args={sise: 64}", "data.digits.args"),
+        ("model.device=gpu", "model.device: 'gpu' is no device"),
+        ("model.path=no/such/model", "model.path: there is no directory no/such/model"),
+    ],
+)
+def test_a_mistake_in_a_later_stage_stops_the_run_before_it_starts(small_run, tmp_path, override, message):
+    with pytest.raises(ValueError) as error:
+        train(load_config(small_run, [override]))
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_overwritten_only_by_one_that_starts(small_run, tmp_path):
+    old = tmp_path / "run"
+    old.mkdir()
+    (old / "run.json").write_text("{}")
+    (old / "precious").touch()
+    with pytest.raises(ValueError, match=r"model\.device"):
+        train(load_config(small_run, ["model.device=gpu"]), overwrite=True)
+    assert sorted(p.name for p in old.iterdir()) == ["precious", "run.json"]
+    train(load_config(small_run, ["train.max_steps=1", "curriculum=[warm]"]), overwrite=True)
+    assert not (old / "precious").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".overwritten")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["curriculum=[rl, warm]"], "has gone through"),
+        (["run.seed=9"], "cannot change run.seed (3 -> 9)"),
+        (["data.text.args.size=32"], "cannot change data.text.args.size"),
+        (["model.dtype=bfloat16"], "cannot change model.dtype"),
+    ],
+)
+def test_resume_refuses_what_would_make_it_another_run(small_run, changes, message):
+    train(load_config(small_run, ["curriculum=[warm]", "train.max_steps=1"]))
+    with pytest.raises(ValueError) as error:
+        train(load_config(small_run, changes), resume=True)
+    assert message in str(error.value)
+
+
+def test_a_curriculum_can_be_continued_by_another_stage(small_run, tmp_path):
+    train(load_config(small_run, ["curriculum=[warm]", "train.max_steps=1"]))
+    train(load_config(small_run, ["train.max_steps=1"]), resume=True)
+    assert [row["stage"] for row in read_jsonl(tmp_path / "run/metrics.jsonl")] == ["warm", "rl"]
+
+
+def test_a_bad_record_found_late_saves_the_run_and_can_be_repaired(small_run, tmp_path):
+    """Limits are only known when a record is drawn: the message names file and line, nothing that was done is lost."""
+    data = tmp_path / "data.jsonl"
+    lines = ['{"problem": "1 + 1 = ?", "answer": "2", "response": "<think>1 + 1 = 2</think>"}'] * 12
+    broken = list(lines)
+    broken[7] = lines[0].replace("1 = 2", "1 = 2; " * 40)
+    overrides = [
+        "curriculum=[warm]",
+        "stages.warm.max_length=64",
+        "stages.warm.batch_size=2",
+        "stages.warm.steps=6",
+        f"data.text={{path: {data}, response: '{{response}}', verifier: number}}",
+        "evaluation.every=null",
+    ]
+    data.write_text("\n".join(broken))
+    with pytest.raises(ValueError, match=r"data\.jsonl:8: response over the limit") as error:
+        train(load_config(small_run, overrides))
+    assert "continue with --resume" in str(error.value)
+    data.write_text("\n".join(lines))
+    train(load_config(small_run, overrides), resume=True)
+    assert [row["step"] for row in read_jsonl(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_every_stage_result_loads_with_transformers(small_run, tmp_path):
     train(load_config(small_run, ["train.max_steps=1"]))
     for name in ("warm", "rl"):
@@ -218,6 +294,17 @@ def test_lora_trains_only_adapters_and_exports_a_whole_model(small_run, tmp_path
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved
     assert all(".language_model." in n and n.endswith("_proj.weight") for n in moved)
+
+
+def test_lora_dropout_does_not_blur_the_ratio(small_run):
+    """With weights that do not move, every log-prob of the second update equals the one from the step's start."""
+    pytest.importorskip("peft")
+    stage = build_stage(small_run, "rl", "model.lora={rank: 4, dropout: 0.5}", "stages.rl.optimizer.lr=1e-20")
+    for name, parameter in stage.policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    metrics = stage.run_step()
+    assert metrics["policy/ratio/max"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_bf16_training_moves_weights_by_less_than_their_resolution(small_run):

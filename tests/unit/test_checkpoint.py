@@ -55,6 +55,17 @@ def test_what_a_killed_process_left_half_written_is_not_taken_for_a_checkpoint(t
     assert [p.name for p in checkpoints.folder.iterdir()] == ["step-00000009"]
 
 
+def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    path = save(checkpoints, 4)
+    path.rename(path.with_name(f".{path.name}.replaced"))  # the process died before the new one had its name
+    (checkpoints.folder / f".{path.name}.writing").mkdir()
+    (checkpoints.folder / ".step-00000003.deleting").mkdir()
+    checkpoints.recover()
+    assert [p.name for p in checkpoints.folder.iterdir()] == [path.name]
+    assert checkpoints.load(path)[1] == {"step": 4}
+
+
 def test_a_directory_is_replaced_whole(tmp_path):
     write_atomically(tmp_path / "model", lambda folder: (folder / "old").touch())
     write_atomically(tmp_path / "model", lambda folder: (folder / "new").touch())

@@ -23,9 +23,9 @@ def optimizer_for(parameters: dict[str, nn.Parameter], **settings) -> Optimizer:
 
 
 def set_gradients(parameters: dict[str, nn.Parameter], seed: int) -> None:
+    """By a backward pass, as a stage does."""
     generator = torch.Generator().manual_seed(seed)
-    for p in parameters.values():
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    sum((p * torch.randn(p.shape, generator=generator).to(p.dtype)).sum() for p in parameters.values()).backward()
 
 
 def test_the_schedule_warms_up_then_falls():
@@ -109,10 +109,23 @@ def test_updates_below_bf16s_resolution_add_up_in_the_master_weights():
     parameter = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
     optimizer = optimizer_for({"text.w": parameter}, lr=1e-4, weight_decay=0.0)
     for _ in range(100):
-        parameter.grad = torch.ones_like(parameter)
+        parameter.sum().backward()
         optimizer.step(1.0)
     assert parameter.dtype == torch.bfloat16
     torch.testing.assert_close(parameter.detach().float(), torch.full((8, 8), 0.99), atol=0.004, rtol=0)
+
+
+def test_gradients_of_many_micro_batches_add_up_in_fp32():
+    parameter = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    optimizer = optimizer_for({"text.w": parameter}, max_grad_norm=1e9)
+    seen = []
+    optimizer.adamw.step = lambda: seen.append(optimizer.masters["text.w"].grad.clone())
+    small_step = torch.tensor(0.01).to(torch.bfloat16)
+    for _ in range(512):
+        (parameter * small_step).sum().backward()
+    optimizer.step(1.0)
+    torch.testing.assert_close(seen[0], torch.full((4, 4), 512 * float(small_step)), rtol=1e-5, atol=0)
+    assert parameter.grad is None
 
 
 def test_a_state_of_another_model_is_refused():

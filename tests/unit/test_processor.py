@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from PIL import Image
 
 from revisual_fast.config import ChatConfig
 from revisual_fast.data import BadRecordError, BadRecords, ImageRef, Record
-from revisual_fast.data.bad import SPECIAL_TOKEN, UNREADABLE_IMAGE
+from revisual_fast.data.bad import MISSING_IMAGE, SPECIAL_TOKEN, UNREADABLE_IMAGE
 from revisual_fast.data.processor import Processor
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -168,6 +169,31 @@ def test_bad_records_are_errors_or_counted(processor, bad, reason):
         processor.encode_or_report(bad, counts, "error", with_response)
 
 
+@pytest.mark.parametrize("read_before", [False, True])
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (Path.unlink, MISSING_IMAGE),
+        (lambda path: path.write_bytes(b"no picture"), UNREADABLE_IMAGE),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), UNREADABLE_IMAGE),
+        (lambda path: (path.unlink(), path.mkdir()), UNREADABLE_IMAGE),
+    ],
+)
+def test_an_image_spoilt_after_loading_is_a_bad_record(tiny, tmp_path, spoil, reason, read_before):
+    picture(56, 56, "pink").save(tmp_path / "a.png")
+    ref = ImageRef.of("a.png", tmp_path)
+    if read_before:  # its key is known, the patches are not
+        assert ref.key
+    spoil(tmp_path / "a.png")
+    bad = Record("<image>", (ref,), "5", None, "math", (), "data.jsonl:1", "d", {})
+    with pytest.raises(BadRecordError, match=r"^data\.jsonl:1: .*a\.png") as caught:
+        tiny.encode(bad)
+    assert (caught.value.reason, caught.value.source) == (reason, "data.jsonl:1")
+    counts = BadRecords()
+    assert tiny.encode_or_report(bad, counts, "skip") is None
+    assert counts.counts == {reason: 1}
+
+
 def test_a_good_record_is_not_reported(processor):
     counts = BadRecords()
     assert processor.encode_or_report(record("Why?"), counts, "error").record.prompt == "Why?"
@@ -175,6 +201,42 @@ def test_a_good_record_is_not_reported(processor):
 
 
 # ---- the model directory
+
+
+@pytest.mark.parametrize(
+    ("files", "more"),
+    [
+        ({}, []),
+        ({"generation_config.json": {"eos_token_id": ["eos", 7, 5]}}, [7, 5]),
+        ({"generation_config.json": {"eos_token_id": 7}, "config.json": {"eos_token_id": 9}}, [7]),
+        ({"generation_config.json": {}, "config.json": {"eos_token_id": [9]}}, [9]),
+        ({"config.json": {"text_config": {"eos_token_id": 9}}}, [9]),
+    ],
+)
+def test_the_tokens_that_end_an_answer(tiny, tiny_vl, tmp_path, files, more):
+    for path in tiny_vl.iterdir():
+        if path.name not in ("config.json", "generation_config.json") and path.suffix in (".json", ".jinja"):
+            shutil.copy(path, tmp_path)
+    settings = json.loads((tiny_vl / "config.json").read_text())
+    settings["text_config"].pop("eos_token_id", None)
+    settings.pop("eos_token_id", None)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    for name, content in files.items():
+        text = json.dumps(content).replace('"eos"', str(tiny.eos_token_id))
+        extra = settings if name == "config.json" else {}
+        (tmp_path / name).write_text(json.dumps({**extra, **json.loads(text)}))
+    assert Processor(tmp_path, ChatConfig()).eos_token_ids == (tiny.eos_token_id, *more)
+
+
+def test_a_broken_generation_config_is_named(tiny_vl, tmp_path):
+    shutil.copytree(tiny_vl, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model\.path: .*generation_config\.json is not valid JSON"):
+        Processor(tmp_path / "model", ChatConfig())
+
+
+def test_without_model_files_only_the_tokenizers_token_ends_an_answer(processor):
+    assert processor.eos_token_ids == (processor.eos_token_id,)
 
 
 def test_saved_files_give_the_same_processor(real, tmp_path):

@@ -52,7 +52,7 @@ def test_length_follows_the_formula():
     ("args", "text"),
     [
         ({"budget": 500}, "1 up to 400 tokens, falling to 0 at 600"),
-        ({}, "1 up to 900 tokens, falling to 0 at 1100: moves only from 900 to 1000"),
+        ({"budget": 1000}, "1 up to 900 tokens, falling to 0 at 1100: moves only from 900 to 1000"),
         ({"budget": 1100}, "1 up to 1000 tokens, falling to 0 at 1200: never moves"),
         ({"budget": 100, "alpha": 0.01, "delta": 1.0}, "1 up to 100 tokens, falling to 0 at 200"),
     ],
@@ -108,9 +108,11 @@ def test_what_a_users_reward_returns_is_checked(tmp_path, body, message):
     [
         ({"format": {}}, "component named accuracy"),
         ({"accuracy": {}, "lenght": {}}, r"rewards\.lenght: .*did you mean 'length'.*function: file\.py:function"),
-        ({"accuracy": {}, "length": {"args": {"bugdet": 1}}}, r"rewards\.length\.args: .*bugdet.*takes"),
-        ({"accuracy": {}, "length": {"args": {"alpha": 0}}}, r"rewards\.length\.args: .*alpha 0 must be positive"),
-        ({"accuracy": {}, "length": {"args": {"delta": "x"}}}, r"rewards\.length\.args"),
+        ({"accuracy": {}, "length": {}}, r"^rewards\.length\.args\.budget: give the number of tokens"),
+        ({"accuracy": {}, "length": {"args": {"bugdet": 1}}}, r"^rewards\.length\.args\.budget: .*only 'bugdet'"),
+        ({"accuracy": {}, "length": {"args": {"budget": 9, "x": 1}}}, r"rewards\.length\.args: .*'x'.*takes"),
+        ({"accuracy": {}, "length": {"args": {"budget": 9, "alpha": 0}}}, r"rewards\.length\.args: .*alpha 0 must be"),
+        ({"accuracy": {}, "length": {"args": {"budget": 9, "delta": "x"}}}, r"rewards\.length\.args: "),
         ({"accuracy": {"args": {"x": 1}}}, r"rewards\.accuracy\.args: .*'x'"),
         ({"accuracy": {}, "mine": {"function": "no/such.py:f"}}, r"rewards\.mine\.function: there is no file"),
     ],
@@ -118,3 +120,20 @@ def test_what_a_users_reward_returns_is_checked(tmp_path, body, message):
 def test_components_that_cannot_be_used(components, message):
     with pytest.raises(ValueError, match=message):
         make(**components)
+
+
+@pytest.mark.parametrize(
+    "components",
+    [
+        {"format": {}},
+        {"accuracy": {}, "lenght": {}},
+        {"accuracy": {}, "length": {}},
+        {"accuracy": {}, "length": {"args": {"budget": 9, "alpha": 0}}},
+        {"accuracy": {"args": {"x": 1}}},
+        {"accuracy": {}, "mine": {"function": "no/such.py:f"}},
+    ],
+)
+def test_messages_name_the_key_that_the_caller_gives(components):
+    configs = {name: RewardConfig(**c) for name, c in components.items()}
+    with pytest.raises(ValueError, match=r"^stages\.mrl\.rewards[.:]"):
+        Rewards(configs, max_response_tokens=10, where="stages.mrl.rewards")
