@@ -93,9 +93,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     from revisual_fast.evaluate import evaluate_model
 
     for name, result in evaluate_model(config, options.model or config.start_model).items():
-        print(
-            f"{name}: accuracy {result['accuracy']:.4f}, n {result['n']}, {result['length_mean']:.1f} tokens on average"
-        )
+        print(f"{name}: accuracy {result['accuracy']:.4f}, n {result['n']}, mean length {result['length_mean']:.1f}")
+        for reason, count in result["bad_records"].items():
+            print(f"{name}: bad records ({reason}): {count}")
     return 0
 
 
