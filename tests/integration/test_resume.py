@@ -13,6 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from revisual_fast.cli import main
+from revisual_fast.config import Config
+from revisual_fast.config_file import load_config
+from revisual_fast.curriculum import Curriculum, Interrupted, train
+from revisual_fast.stages.stage import Stage
 from tests.integration.conftest import write_small_run
 
 KILL_ONCE = '''
@@ -130,3 +134,26 @@ def test_a_finished_run_is_neither_mixed_with_another_nor_changed(small_run, uni
 def test_resume_without_a_run_is_an_error(small_run, capsys):
     assert main(["train", str(small_run), "--resume"]) == 1
     assert "there is no run" in capsys.readouterr().err
+
+
+def test_lora_in_bf16_with_dropout_continues_exactly(small_run, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    settings = ["model.lora={rank: 4, dropout: 0.3}", "model.dtype=bfloat16", "stages.rl.optimizer.lr=1e-2"]
+
+    def configured(folder: str) -> Config:
+        return load_config(small_run, [*settings, f"run.dir={tmp_path / folder}"])
+
+    train(configured("straight"))
+    step = Curriculum._train_step
+
+    def stop_after_two(self: Curriculum, name: str, stage: Stage) -> None:
+        step(self, name, stage)
+        self.stop.requested = stage.steps == 2
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Curriculum, "_train_step", stop_after_two)
+        for resume in (False, True):
+            with pytest.raises(Interrupted):
+                train(configured("broken"), resume=resume)
+    train(configured("broken"), resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "broken")
