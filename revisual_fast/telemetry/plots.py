@@ -181,7 +181,7 @@ def _draw_accuracy(axes: Axes, metrics: Records, evaluations: Records) -> bool:
     names = sorted({record["name"] for record in evaluations})
     styles: tuple[tuple[str, dict[str, Any]], ...] = (
         ("validation", {"ls": "-", "marker": "o", "ms": 3, "lw": 1.6}),
-        ("heldout", {"ls": ":", "marker": "D", "ms": 6, "lw": 1.2, "mec": "white", "mew": 0.8}),
+        ("heldout", {"marker": "D", "ms": 6, "lw": 0, "mec": "white", "mew": 0.8}),
     )
     for kind, style in styles:
         for i, name in enumerate(names):
