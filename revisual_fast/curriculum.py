@@ -92,6 +92,7 @@ class Curriculum:
     def start(self) -> None:
         """What happens once, before the first stage. Whatever is wrong with a later stage comes to light here."""
         self._prepare_torch()
+        self.changes = self.run_dir.changed_settings() if self.resume else []
         for name in self.config.curriculum:
             stage = self.config.stages[name]
             if isinstance(stage, GRPOConfig):
@@ -168,8 +169,7 @@ class Curriculum:
                     lines.append(f"{name}: pad.rho is 1, so the draw of pad mode {stage.pad.mode} keeps everything")
         if self.resume:
             lines.append(f"resumed from {self.resumed_from or 'the beginning: there is no checkpoint yet'}")
-            lines += self.run_dir.changed_settings()
-        return lines
+        return [*lines, *self.changes]
 
     # -- the stages
 
