@@ -138,6 +138,10 @@ class Curriculum:
         before, now = saved["curriculum"][:begun], self.config.curriculum[:begun]
         if before != now:
             raise ValueError(f"--resume: the run has gone through {before}, but curriculum begins with {now}")
+        for name in self.config.curriculum[: self.state["stage"]]:
+            for change in self.changes:
+                if f": stages.{name}." in change or ": train.max_steps:" in change:
+                    raise ValueError(f"--resume: stage {name} is finished, so this has no effect on it: {change}")
         return saved["telemetry"]
 
     def _prepare_torch(self) -> None:

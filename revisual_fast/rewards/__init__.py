@@ -119,7 +119,8 @@ class Rewards:
 
     def _length_text(self, name: str) -> str:
         start, end = self._length_range(name)
-        text = f"1 up to {max(start, 0):g} tokens, falling to 0 at {end:g}"
+        top = min(1.0, end / (end - start))
+        text = f"{top:.3g} up to {max(start, 0):g} tokens, falling to 0 at {end:g}"
         limit = self.max_response_tokens
         if start >= limit:
             return f"{text}: never moves, as responses end at {limit} (lower args.budget)"

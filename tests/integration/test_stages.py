@@ -235,12 +235,14 @@ def test_a_run_is_overwritten_only_by_one_that_starts(small_run, tmp_path):
         (["run.seed=9"], "cannot change run.seed (3 -> 9)"),
         (["data.text.args.size=32"], "cannot change data.text.args.size"),
         (["model.dtype=bfloat16"], "cannot change model.dtype"),
+        (["stages.warm.steps=9"], "stage warm is finished"),
+        (["train.max_steps=2"], "stage warm is finished"),
     ],
 )
 def test_resume_refuses_what_would_make_it_another_run(small_run, changes, message):
     train(load_config(small_run, ["curriculum=[warm]", "train.max_steps=1"]))
     with pytest.raises(ValueError) as error:
-        train(load_config(small_run, changes), resume=True)
+        train(load_config(small_run, ["train.max_steps=1", *changes]), resume=True)
     assert message in str(error.value)
 
 
