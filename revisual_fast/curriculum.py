@@ -139,8 +139,9 @@ class Curriculum:
         if before != now:
             raise ValueError(f"--resume: the run has gone through {before}, but curriculum begins with {now}")
         for name in self.config.curriculum[: self.state["stage"]]:
+            lengths = (f": stages.{name}.steps:", f": stages.{name}.epochs:", ": train.max_steps:")
             for change in self.changes:
-                if f": stages.{name}." in change or ": train.max_steps:" in change:
+                if any(key in change for key in lengths):
                     raise ValueError(f"--resume: stage {name} is finished, so this has no effect on it: {change}")
         return saved["telemetry"]
 
