@@ -65,6 +65,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: str = "auto"
     gradient_checkpointing: bool = False
+    liger_kernels: Literal["auto"] | bool = "auto"
+    """RMSNorm, SwiGLU and RoPE by liger-kernel; auto: where it is installed and the device is CUDA."""
     lora: LoraConfig | None = None
     min_pixels: Positive | None = None
     max_pixels: Positive | None = None
@@ -147,8 +149,11 @@ class SamplingConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    preset: Literal["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "cispo", "sapo", "luspo", "reinforce"] = "grpo"
+    preset: Literal[
+        "grpo", "dapo", "dr_grpo", "bnpo", "gspo", "cispo", "sapo", "gmpo", "vespo", "luspo", "reinforce"
+    ] = "grpo"  # fmt: skip
     clip_low: NonNegative | None = None
+    """How far below 1 the ratio may fall; gmpo: below 0 its log, in nats."""
     clip_high: NonNegative | None = None
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     delta: PositiveFloat | None = None
@@ -156,6 +161,8 @@ class ObjectiveConfig(Section):
     kl_coef: NonNegative = 0.0
     """0: no reference model is loaded."""
     kl_bias_correction: bool = False
+    off_policy_mask: PositiveFloat | None = None
+    """Nats a token: a sequence with a negative advantage that became less likely by more has no policy gradient."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] | None = None
     """null: the preset's own."""
 

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from revisual_fast import TokenBatch, linear_policy_loss
+from revisual_fast import PolicyObjective, TokenBatch, linear_policy_loss
+from revisual_fast.losses import loss_gradients
 
 Inputs = dict[str, Any]
 CU = [0, 5, 5, 6, 9, 14]  # the second sequence has no rows
@@ -67,21 +68,21 @@ def naive_policy_loss(logp: Tensor, entropy: Tensor, tokens: Any, o: Any) -> Ten
         rows = range(bounds[s], bounds[s + 1])
         if not len(rows):
             continue
-        log_ratio = torch.stack([logp[t] - old[t] for t in rows]).sum() / len(rows)
+        advantage = {t: tokens.advantages[s if len(tokens.advantages) == n_sequences else t] for t in rows}
+        ratio = {t: (logp[t] - old[t]).exp() for t in rows}
+        correction = {t: _naive_correction(t, rows, old, tokens, o) for t in rows}
+        seen = _naive_sequence(ratio, advantage, correction, o)
+        if o.level == "sequence":
+            ratio = dict.fromkeys(rows, math.prod(ratio.values()) ** (1 / len(rows)))
+        drift = _naive_drift(logp, rows, tokens)
         for t in rows:
-            ratio = (log_ratio if o.level == "sequence" else logp[t] - old[t]).exp()
-            advantage = tokens.advantages[s if len(tokens.advantages) == n_sequences else t]
-            row = _naive_surrogate(ratio, logp[t], advantage, o)
-            if o.rollout_correction:
-                gaps = rows if o.rollout_level == "sequence" else [t]
-                w = math.exp(sum(float(old[u] - tokens.rollout_logp[u]) for u in gaps))
-                if o.rollout_correction == "truncate":
-                    w = min(w, o.rollout_cap)
-                row = row * (w if w <= o.rollout_cap else 0.0)
+            row = _naive_surrogate(ratio[t], logp[t], advantage[t], seen, o) * correction[t]
+            if o.off_policy_mask and advantage[t] < 0 and drift > o.off_policy_mask:
+                row = row * 0
             if o.kl_coef:
                 d = tokens.ref_logp[t] - logp[t]
                 kl = {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - d - 1}[o.kl]
-                row = row + o.kl_coef * kl * (ratio if o.kl_bias_correction else 1)
+                row = row + o.kl_coef * kl * (ratio[t] if o.kl_bias_correction else 1)
             row = row - o.entropy_coef * entropy[t]
             share = {
                 "token_mean": 1 / len(logp),
@@ -93,7 +94,40 @@ def naive_policy_loss(logp: Tensor, entropy: Tensor, tokens: Any, o: Any) -> Ten
     return total
 
 
-def _naive_surrogate(r: Tensor, logp: Tensor, a: Tensor, o: Any) -> Tensor:
+def _naive_correction(t: int, rows: range, old: Tensor, tokens: Any, o: Any) -> float:
+    if not o.rollout_correction:
+        return 1.0
+    gaps = rows if o.rollout_level == "sequence" else [t]
+    w = math.exp(sum((old[u] - tokens.rollout_logp[u]).item() for u in gaps))
+    if o.rollout_correction == "truncate":
+        return min(w, o.rollout_cap)
+    return w if w <= o.rollout_cap else 0.0
+
+
+def _naive_drift(logp: Tensor, rows: range, tokens: Any) -> float:
+    """Mean over the sequence of log(pi_sampling / pi); 0 where nothing says what the sampling policy was."""
+    sampled = tokens.old_logp if tokens.rollout_logp is None else tokens.rollout_logp
+    return 0.0 if sampled is None else sum((sampled[t] - logp[t]).item() for t in rows) / len(rows)
+
+
+def _naive_sequence(ratio: dict, advantage: dict, correction: dict, o: Any) -> Any:
+    """What gmpo and vespo know of a sequence: the geometric mean of bounded ratios; W. vespo takes the correction."""
+    if o.surrogate == "vespo":
+        w = math.prod(r.item() for r in ratio.values())
+        for t in correction:
+            w, correction[t] = w * max(correction[t], 1e-8), 1.0
+        return w
+    if o.surrogate != "gmpo":
+        return None
+    product = 1.0
+    for t, r in ratio.items():
+        sign = -1 if advantage[t] < 0 else 1
+        bounded = min(max(r, math.exp(-o.clip_low)), math.exp(o.clip_high))
+        product = product * min(r**sign, bounded**sign) ** sign
+    return product ** (1 / len(ratio))
+
+
+def _naive_surrogate(r: Tensor, logp: Tensor, a: Tensor, seen: Any, o: Any) -> Tensor:
     if o.surrogate == "clip":
         first = r if o.delta is None or r < o.delta else torch.tensor(o.delta, dtype=r.dtype)
         second = min(max(r, 1 - o.clip_low), 1 + o.clip_high)
@@ -104,7 +138,32 @@ def _naive_surrogate(r: Tensor, logp: Tensor, a: Tensor, o: Any) -> Tensor:
     if o.surrogate == "sapo":
         tau = o.sapo_tau_pos if a > 0 else o.sapo_tau_neg
         return -(4 / tau) / (1 + torch.exp(-tau * (r - 1))) * a
+    if o.surrogate == "gmpo":
+        return -seen * a
+    if o.surrogate == "vespo":
+        k, decay = (o.vespo_k_pos, o.vespo_lambda_pos) if a >= 0 else (o.vespo_k_neg, o.vespo_lambda_neg)
+        return -math.exp(decay) * seen**k * math.exp(-decay * seen) * a * logp
     return -logp if o.surrogate == "sft" else -a * logp
+
+
+def loss_batch(lengths: tuple[int, ...] = (3, 0, 1, 4), seed: int = 9) -> tuple[Tensor, Tensor, TokenBatch]:
+    """logp ``[N]``, entropy ``[N]`` and all fields of a batch, float64, whose policies differ by about half a nat."""
+    g = torch.Generator().manual_seed(seed)
+    n = sum(lengths)
+
+    def noise(scale: float) -> Tensor:
+        return scale * torch.randn(n, generator=g, dtype=torch.float64)
+
+    logp, cu = noise(1.0).abs().neg(), torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    tokens = TokenBatch(noise(1.0), logp + noise(0.4), logp + noise(0.6), logp + noise(0.5), cu)
+    return logp, noise(1.0).abs(), tokens
+
+
+def evaluate(o: PolicyObjective, logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, dL/dlogp and dL/dentropy (0 where the loss does not contain it)."""
+    prepared, _ = o.prepare(tokens, len(logp), logp.dtype, logp.device)
+    loss, c, e = loss_gradients(o, logp, entropy, prepared)
+    return loss, c, torch.zeros_like(entropy) if e is None else e
 
 
 def relative_error(value: Tensor | None, reference: Tensor | None) -> float:

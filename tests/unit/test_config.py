@@ -1,13 +1,15 @@
 """Configuration: what is read, what is refused, and what the message says."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from revisual_fast.advantages import group_advantages, pad_select
-from revisual_fast.config import Config
+from revisual_fast.config import Config, GRPOConfig, ObjectiveConfig
 from revisual_fast.config_file import ConfigError, load_config
+from revisual_fast.losses import PRESETS, PolicyObjective
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = """
@@ -282,3 +284,13 @@ def test_the_rows_of_table_4_train_on_different_completions():
     assert len(set(rows.values())) == 4
     assert len(rows["pad"]) == len(rows["sampling"]) == 2048 < len(rows["filter"]) < len(rows["grpo"]) == 4096
     assert set(rows["pad"]) < set(rows["filter"])
+
+
+def test_every_preset_of_a_policy_objective_is_a_choice(small: Path) -> None:
+    assert set(get_args(ObjectiveConfig.model_fields["preset"].annotation)) == set(PRESETS) - {"sft"}
+    for preset in ("gmpo", "vespo"):
+        overrides = [f"stages.rl.objective.preset={preset}", "stages.rl.objective.off_policy_mask=0.5"]
+        stage = load_config(small, overrides).stages["rl"]
+        assert isinstance(stage, GRPOConfig)
+        chosen = stage.objective.model_dump(exclude={"preset"}, exclude_none=True)
+        assert PolicyObjective.preset(stage.objective.preset, **chosen).off_policy_mask == 0.5
