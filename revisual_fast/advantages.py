@@ -3,6 +3,10 @@
 ``N`` completions in groups, one group a prompt. Groups are given by ``group_ids [N]`` (any integers, in any order) or
 by ``group_sizes`` (consecutive rows); rewards ``[B, G]`` say it by their shape. All of this needs rewards only: it runs
 before any forward pass of the policy.
+
+These are the general forms, which read values back to check them. For a large batch that is on a CUDA device already,
+with groups one after the other, ``revisual_fast.kernels.groups`` has ``group_advantages`` and ``pad_mask``, which do
+the same without waiting for the device.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["PAD_MODES", "PadResult", "group_advantages", "linear_schedule", "pad_select", "stagnation"]
+__all__ = [
+    "PAD_MODES", "PadResult", "check_pad_settings", "group_advantages", "linear_schedule", "pad_select", "stagnation",
+]  # fmt: skip
 
 PAD_MODES = ("paper", "released", "filter", "sample", "off")
 RELEASED_THRESHOLDS = (0.03, 0.97)
@@ -137,18 +143,23 @@ def pad_select(
 def _check_pad(
     advantages: Tensor, mode: str, rho: float, t_low: float, tau: float, generator: torch.Generator | None
 ) -> None:
-    if mode not in PAD_MODES:
-        raise ValueError(f"mode={mode!r} is unknown; it is one of {', '.join(PAD_MODES)}")
+    check_pad_settings(mode, rho, t_low, tau)
     if advantages.ndim != 1 or not bool(advantages.isfinite().all()):
         raise ValueError(f"advantages must be [N] and finite; got {list(advantages.shape)}")
+    if generator is None and mode in ("paper", "released", "sample"):
+        raise ValueError(f"mode={mode!r} draws: pass generator=torch.Generator(device).manual_seed(...)")
+
+
+def check_pad_settings(mode: str, rho: float, t_low: float, tau: float) -> None:
+    """Raises ValueError for a PAD setting outside its range."""
+    if mode not in PAD_MODES:
+        raise ValueError(f"mode={mode!r} is unknown; it is one of {', '.join(PAD_MODES)}")
     if not 0 < rho <= 1:
         raise ValueError(f"rho is the share of the batch to keep, in (0, 1]; got {rho!r}")
     if not t_low > 0:
         raise ValueError(f"t_low must be > 0, or groups with equal rewards pass; got {t_low!r}")
     if not tau > 0:
         raise ValueError(f"tau must be > 0; got {tau!r}")
-    if generator is None and mode in ("paper", "released", "sample"):
-        raise ValueError(f"mode={mode!r} draws: pass generator=torch.Generator(device).manual_seed(...)")
 
 
 def _gumbel_top_k(logits: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

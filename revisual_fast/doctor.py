@@ -25,6 +25,7 @@ Status = Literal["ok", "absent", "problem"]
 
 OPTIONAL = {  # distribution -> what it is for
     "triton": "for Triton kernels, of which this version has none yet",
+    "liger-kernel": "RMSNorm, SwiGLU and RoPE kernels on a GPU",
     "scikit-learn": "the quickstart's handwritten digits",
     "datasets": "records from a `datasets` id",
     "pyarrow": "records from parquet files",
@@ -217,7 +218,19 @@ def _backends() -> list[Check]:
     return [
         *(_backend(name, ops.available_backends(name)) for name in ops.OPS),
         _backend("attention", attention.available_backends()),
+        _liger(),
     ]
+
+
+def _liger() -> Check:
+    """What ``model.liger_kernels: auto`` gives on the default device."""
+    liger = importlib.import_module("revisual_fast.policy.liger")
+    load = importlib.import_module("revisual_fast.policy.load")
+    device = load.pick_device("auto")
+    on, why = liger.use_liger("auto", device)
+    lacking = device.type == "cuda" and not on
+    fix = "pip install liger-kernel" if lacking else ""
+    return Check("backends", "liger kernels", "absent" if lacking else "ok", f"{'on' if on else 'off'}: {why}", fix)
 
 
 def _backend(op: str, available: dict[str, str]) -> Check:

@@ -11,6 +11,7 @@ from transformers.utils import logging as hf_logging
 
 from revisual_fast.config import LoraConfig, ModelConfig
 from revisual_fast.policy.families import family_for
+from revisual_fast.policy.liger import apply_liger, use_liger
 from revisual_fast.policy.model import Policy
 
 __all__ = ["check_model_path", "export_model", "load_policy", "pick_device", "quiet_transformers"]
@@ -46,21 +47,26 @@ def check_model_path(path: str | Path) -> None:
 def load_policy(path: str | Path, config: ModelConfig, *, adapter: Path | None = None) -> Policy:
     """The model at ``path`` as a policy; with ``config.lora`` wrapped by peft (its weights those of ``adapter``).
 
-    Raises ValueError where there is no model, or the model's family is not supported.
+    Raises ValueError where there is no model, the model's family is not supported, or a kernel that was asked for
+    cannot run.
     """
     check_model_path(path)
+    device = pick_device(config.device)
+    with_liger, _ = use_liger(config.liger_kernels, device)  # refuses before gigabytes are read
     try:
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"model.path: no model at {path}: {error}") from None
-    family_for(model_config.model_type)  # refuses before gigabytes are read
+    family_for(model_config.model_type)  # as well
     dtype = getattr(torch, config.dtype)
     model: Any = AutoModelForImageTextToText.from_pretrained(
         path, dtype=dtype, trust_remote_code=False, use_safetensors=True
     )
     if config.lora is not None:
         model = _with_lora(model, config.lora, adapter)
-    policy = Policy(model.to(pick_device(config.device)))
+    policy = Policy(model.to(device))
+    if with_liger:
+        apply_liger(policy.family)
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revisual_fast.kernels.gather import gather_rows
 from revisual_fast.packing import Group, Layout, PackedBatch, pack_groups
 from revisual_fast.policy.attention import NAME, AttentionPlan, SdpaPlan
 from revisual_fast.policy.families import Qwen2_5VL, family_for
@@ -96,7 +97,7 @@ class Policy:
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Final hidden states of the rows that predict a target, [N, D], in the order of ``batch.targets``."""
-        return self.states(batch)[batch.rows]
+        return gather_rows(self.states(batch), batch.rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> fp32 logits [n, V]; for a few rows only (sampling)."""

@@ -113,7 +113,7 @@ def test_the_real_ops_are_examined() -> None:
     from revisual_fast.ops import OPS
 
     backends = {check.name: check for check in examine() if check.section == "backends"}
-    assert set(backends) == {*OPS, "attention"}
+    assert set(backends) == {*OPS, "attention", "liger kernels"}
     assert {check.status for check in backends.values()} == {"ok"}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -35,6 +38,41 @@ class Qwen2_5VL:
     @property
     def head(self) -> nn.Linear:
         return self.model.lm_head
+
+    def norms(self) -> list[Any]:
+        """Every RMSNorm of both towers: ``weight * (x / rms(x)).to(x.dtype)`` with ``variance_epsilon``."""
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+
+        return [module for module in self.model.modules() if isinstance(module, Qwen2_5_VLRMSNorm)]
+
+    def swiglu_mlps(self) -> list[Any]:
+        """Every ``down_proj(silu(gate_proj(x)) * up_proj(x))`` of both towers."""
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP, Qwen2MLP
+
+        mlps: list[Any] = [module for module in self.model.modules() if isinstance(module, (Qwen2_5_VLMLP, Qwen2MLP))]
+        return [mlp for mlp in mlps if isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation"]
+
+    def use_rotary(self, rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> int:
+        """Let the text tower's attention rotate by ``rotary(q [1, H, T, d], k [1, Hkv, T, d], cos, sin) -> (q, k)``.
+
+        cos and sin, each [1, T, d], hold the M-RoPE sections already, so an ordinary RoPE is right for packed rows and
+        images. transformers looks the rotation up as a global of its module, which every model shares; so each layer
+        gets its own forward with just that name bound to ``rotary``. Returns the number of layers. Raises ValueError
+        for a version of transformers whose attention does it another way.
+        """
+        name = "apply_rotary_pos_emb"
+        for layer in self.text.layers:
+            forward = inspect.unwrap(type(layer.self_attn).forward)
+            if name not in forward.__code__.co_names:
+                raise ValueError(
+                    f"this version of transformers has no {name} in its Qwen2.5-VL attention: set model.liger_kernels "
+                    "to false, or install transformers 5.17 to 5.19"
+                )
+            scope = {**forward.__globals__, name: rotary}
+            own = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+            own.__kwdefaults__ = forward.__kwdefaults__
+            layer.self_attn.forward = MethodType(own, layer.self_attn)
+        return len(self.text.layers)
 
     def is_vision(self, name: str) -> bool:
         """Whether a parameter of this (qualified) name belongs to the vision tower."""
