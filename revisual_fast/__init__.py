@@ -8,19 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from revisual_fast.losses import PolicyObjective, TokenBatch
-    from revisual_fast.ops import linear_logprob, linear_policy_loss, policy_loss_from_logits
+    from revisual_fast.modules import LinearLogprob, LinearPolicyLoss, PolicyLossFromLogits
+    from revisual_fast.ops import gather_rows, linear_logprob, linear_policy_loss, pad_mask, policy_loss_from_logits
 
 __version__ = "0.1.0"
 
 _HOME = {
     "PolicyObjective": "revisual_fast.losses",
     "TokenBatch": "revisual_fast.losses",
+    "LinearLogprob": "revisual_fast.modules",
+    "LinearPolicyLoss": "revisual_fast.modules",
+    "PolicyLossFromLogits": "revisual_fast.modules",
+    "gather_rows": "revisual_fast.ops",
     "linear_logprob": "revisual_fast.ops",
     "linear_policy_loss": "revisual_fast.ops",
+    "pad_mask": "revisual_fast.ops",
     "policy_loss_from_logits": "revisual_fast.ops",
 }
 
-__all__ = ["PolicyObjective", "TokenBatch", "linear_logprob", "linear_policy_loss", "policy_loss_from_logits"]
+__all__ = [
+    "LinearLogprob",
+    "LinearPolicyLoss",
+    "PolicyLossFromLogits",
+    "PolicyObjective",
+    "TokenBatch",
+    "gather_rows",
+    "linear_logprob",
+    "linear_policy_loss",
+    "pad_mask",
+    "policy_loss_from_logits",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,11 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for an error of the user's, 2 for bad usage, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.run is not _bench:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return int(options.run(options) or 0)
@@ -51,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html and report.json of a run again")
     report.add_argument("directory", type=Path)
     report.set_defaults(run=_report)
+
+    bench = commands.add_parser(
+        "bench", help="time the fused ops against plain torch and other packages", add_help=False
+    )
+    bench.set_defaults(run=_bench)
 
     doctor = commands.add_parser("doctor", help="versions, devices, backends, and what is missing")
     doctor.set_defaults(run=_doctor)
@@ -111,6 +121,19 @@ def _report(options: argparse.Namespace) -> int:
 
     print(*write_report(options.directory), sep="\n")
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """The benchmarks are no part of the package: they run as a program of their own, which parses the arguments."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "__main__.py").is_file():
+        raise ValueError(
+            f"bench needs the repository's folder bench/, which is not part of an installed package, and {root} has "
+            "none: clone the repository and install it with `pip install -e '.[bench]'`"
+        )
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "bench", *options.rest]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -3,27 +3,45 @@
 ``N`` rows that have a target (rows without one are not passed in), hidden size ``D``, vocabulary ``V``. Logits are
 ``hidden @ weight.T + bias``, then softcapped, ``cap * tanh(z / cap)``, then divided by the temperature, in this order.
 A backend is chosen once, visibly, per call: ``available_backends`` says which there are and why the others are not.
+Under ``torch.compile`` each op stays whole, without a graph break.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from revisual_fast.kernels import reference
-from revisual_fast.losses import SURROGATES, Objective, PolicyObjective, TokenBatch, loss_gradients
+from revisual_fast import library
+from revisual_fast.kernels.dispatch import triton_problem
+from revisual_fast.kernels.gather import gather_rows
+from revisual_fast.kernels.groups import PadMask, pad_mask
+from revisual_fast.kernels.groups import group_advantages as packed_group_advantages
+from revisual_fast.losses import Objective, PolicyObjective, TokenBatch
+from revisual_fast.objective_metrics import metric_names, policy_metrics
 
-__all__ = ["OPS", "PolicyLoss", "available_backends", "linear_logprob", "linear_policy_loss", "policy_loss_from_logits"]
+__all__ = [
+    "OPS",
+    "PadMask",
+    "PolicyLoss",
+    "available_backends",
+    "gather_rows",
+    "linear_logprob",
+    "linear_policy_loss",
+    "packed_group_advantages",
+    "pad_mask",
+    "policy_loss_from_logits",
+    "resolve_backend",
+]
 
 OPS = ("linear_logprob", "linear_policy_loss", "policy_loss_from_logits")
-_BACKENDS = {  # in the order "auto" prefers them: "yes", or why not
-    "cuda": "not built: this version has no CUDA kernels",
-    "triton": "not built: this version has no Triton kernels",
-    "torch": "yes",
-}
+BACKENDS = ("cuda", "triton", "torch")
+NO_CUDA_KERNELS = "not built: this version has no CUDA kernels"
+SamplingMask = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,7 @@ class PolicyLoss:
 
     loss: Tensor  # scalar, fp32 (fp64 for fp64 inputs)
     logp: Tensor  # [N] log-prob of each target, detached; differentiate linear_logprob instead
-    entropy: Tensor  # [N] nats, detached
+    entropy: Tensor  # [N] nats, detached; with a sampling mask, that of the renormalised kept set
     metrics: dict[str, Tensor]  # 0-d, detached, on the device: reading one is the caller's sync
 
 
@@ -43,81 +61,120 @@ def available_backends(op_name: str) -> dict[str, str]:
     """
     if op_name not in OPS:
         raise ValueError(f"op_name={op_name!r} is unknown; it is one of {', '.join(OPS)}")
-    return dict(_BACKENDS)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {"cuda": NO_CUDA_KERNELS, "triton": triton_problem(device) or "yes", "torch": "yes"}
 
 
-def resolve_backend(op_name: str, backend: str = "auto") -> str:
-    """The backend that a call with ``backend`` runs on. Raises ValueError if it is unknown or not available here."""
-    available = available_backends(op_name)
+def resolve_backend(op_name: str, backend: str = "auto", rows: Tensor | None = None) -> str:
+    """The backend that a call with ``backend`` runs on, for the tensor ``rows`` where it is given.
+
+    "auto" takes triton for CUDA tensors of 16 or 32 bits and torch for all others. Raises ValueError if the backend is
+    unknown or cannot run here.
+    """
+    if op_name not in OPS:
+        raise ValueError(f"op_name={op_name!r} is unknown; it is one of {', '.join(OPS)}")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend={backend!r} is unknown; it is one of auto, {', '.join(BACKENDS)}")
+    device = rows.device if rows is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problem = triton_problem(device)
+    if rows is not None and rows.dtype == torch.float64:
+        problem = problem or "made for fp32 statistics; these rows are float64"
     if backend == "auto":
-        return next(name for name, state in available.items() if state == "yes")
-    if backend not in available:
-        raise ValueError(f"backend={backend!r} is unknown; it is one of auto, {', '.join(available)}")
-    if available[backend] != "yes":
-        raise ValueError(f"backend={backend!r} of {op_name} is {available[backend]}; use backend='auto' or 'torch'")
+        return "triton" if problem is None and device.type == "cuda" else "torch"
+    problem = {"cuda": NO_CUDA_KERNELS, "triton": problem, "torch": None}[backend]
+    if problem is not None:
+        raise ValueError(f"backend={backend!r} of {op_name} is {problem}; use backend='auto' or 'torch'")
     return backend
 
 
 def linear_logprob(
-    hidden: Tensor,  # [N, D] bf16, fp32 or fp64
+    hidden: Tensor,  # [N, D] bf16, fp16, fp32 or fp64
     weight: Tensor,  # [V, D] of hidden's dtype, or wider (an fp32 master weight)
     targets: Tensor,  # [N] int64
     *,
     bias: Tensor | None = None,  # [V]
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or [N]
     softcap: float | None = None,
+    sampling_mask: SamplingMask | None = None,  # ([N+1], [nnz])
     logits_dtype: str = "float32",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each row, ``[N]`` fp32 each (fp64 for fp64 inputs), in nats.
 
-    Differentiable in both outputs with respect to hidden, weight and bias; the backward pass computes the logits again,
-    for the rows whose upstream gradient is not 0. ``logits_dtype``: "float32" multiplies bf16 operands with an fp32
-    result; "bfloat16" rounds the logits to bf16 first, which is faster and up to 6% off on a ratio. A weight wider than
-    hidden is rounded to hidden's dtype for the products and gets its gradient in its own. Targets are checked to lie in
-    ``[0, V)`` on the CPU only, where that costs no sync. Raises ValueError for shapes or dtypes that do not fit.
+    Differentiable in both outputs with respect to hidden, weight and bias: 6 N D V FLOPs if the logits fit in the byte
+    budget ``kernels.plan.SAVED_BYTES`` and are kept, else they are computed again for the rows whose upstream gradient
+    is not 0. ``logits_dtype``: "float32" multiplies 16-bit operands with an fp32 result; "bfloat16" rounds the logits
+    to bf16 first, which is faster and up to 6% off on a ratio. A weight wider than hidden is rounded to hidden's dtype
+    for the products and gets its gradient in its own. ``sampling_mask = (indptr, indices)`` holds the ids that top-p or
+    top-k sampling kept for each row, in CSR form: log-prob and entropy are then those of the renormalised
+    distribution, from its columns only. Targets are checked to lie in ``[0, V)`` on the CPU only, where that costs no
+    sync. Raises ValueError for shapes or dtypes that do not fit.
     """
-    resolve_backend("linear_logprob", backend)
-    head = _check_head(hidden, weight, targets, bias, temperature, softcap, logits_dtype)
-    return reference.linear_logprob(hidden, weight, bias, targets, *head)
+    backend = resolve_backend("linear_logprob", backend, hidden)
+    _check_head(hidden, weight, targets, bias, logits_dtype)
+    tensors = (hidden, weight, bias, targets, _temperature(temperature, hidden), *(sampling_mask or (None, None)))
+    return _LinearLogprob.apply(*tensors, _softcap(softcap), logits_dtype, backend, any(_needs(hidden, weight, bias)))
 
 
 def linear_policy_loss(
-    hidden: Tensor,  # [N, D] bf16, fp32 or fp64
+    hidden: Tensor,  # [N, D] bf16, fp16, fp32 or fp64
     weight: Tensor,  # [V, D] of hidden's dtype, or wider (an fp32 master weight)
     targets: Tensor,  # [N] int64
     tokens: TokenBatch,
     objective: Objective,
     *,
     bias: Tensor | None = None,  # [V]
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or [N]
     softcap: float | None = None,
+    sampling_mask: SamplingMask | None = None,  # ([N+1], [nnz])
     logits_dtype: str = "float32",
     skip_inactive: bool = True,
     backend: str = "auto",
 ) -> PolicyLoss:
     """Policy loss and, computed in the same pass, its gradient with respect to hidden, weight and bias.
 
-    6 N D V FLOPs, 4 with a frozen weight, 2 without gradient; an objective that couples rows (sequence level, or the
-    caller's own function) takes 8 if the logits need more than one chunk. ``skip_inactive`` drops rows whose gradient
-    is exactly 0 before the gradient products; on CUDA that reads back one count a chunk. ``objective`` may be any
-    callable ``(logp [N], entropy [N], tokens) -> scalar``. No rows: loss 0, zero gradients, metrics 0. Arguments as for
-    :func:`linear_logprob`. Raises ValueError also where ``tokens`` lacks what the objective needs.
+    6 N D V FLOPs, 4 with a frozen weight, 2 without gradient. A sequence-level objective takes 6 as well where
+    ``tokens.cu_seqlens`` lies on the CPU, so that whole sequences can be put into a chunk; a sequence longer than a
+    chunk, and an objective that is the caller's own function over more rows than a chunk has, take 8.
+    ``skip_inactive`` drops rows whose gradient is exactly 0 before the gradient products. ``objective`` may be any
+    callable ``(logp [N], entropy [N], tokens) -> scalar``. With ``sampling_mask`` the objective may contain neither a
+    KL nor an entropy term: both are defined over the full vocabulary. No rows: loss 0, zero gradients, metrics 0.
+    Arguments as for :func:`linear_logprob`. Raises ValueError also where ``tokens`` lacks what the objective needs.
     """
-    resolve_backend("linear_policy_loss", backend)
-    head = _check_head(hidden, weight, targets, bias, temperature, softcap, logits_dtype)
-    tokens, plan = _plan(objective, tokens, hidden, skip_inactive)
-    out = reference.linear_policy_loss(hidden, weight, bias, targets, plan, *head)
-    return PolicyLoss(*out, policy_metrics(objective, *out[1:], tokens))
+    backend = resolve_backend("linear_policy_loss", backend, hidden)
+    _check_head(hidden, weight, targets, bias, logits_dtype)
+    _check_objective(objective, sampling_mask)
+    inputs = (hidden, weight, bias)
+    if torch.compiler.is_compiling() and not _key(objective):
+        shared: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "backend": backend}
+        shared |= {"sampling_mask": sampling_mask, "logits_dtype": logits_dtype}
+        return _traced(objective, tokens, *linear_logprob(hidden, weight, targets, **shared))
+    loss, logp, entropy, metrics, *gradients = library.linear_policy_loss(
+        *(_detached(t) for t in inputs),
+        targets,
+        _temperature(temperature, hidden),
+        _softcap(softcap),
+        *(sampling_mask or (None, None)),
+        _fields(tokens),
+        _key(objective) if torch.compiler.is_compiling() else objective,
+        logits_dtype,
+        _needs(*inputs),
+        skip_inactive,
+        backend,
+    )
+    loss = _attach(loss, inputs, gradients, inplace=False)
+    return PolicyLoss(loss, logp, entropy, _named(objective, tokens, metrics))
 
 
 def policy_loss_from_logits(
-    logits: Tensor,  # [N, V] bf16, fp32 or fp64
+    logits: Tensor,  # [N, V] bf16, fp16, fp32 or fp64; rows may be strided
     targets: Tensor,  # [N] int64
     tokens: TokenBatch,
     objective: Objective,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or [N]
+    softcap: float | None = None,
+    sampling_mask: SamplingMask | None = None,  # ([N+1], [nnz])
     inplace: bool = False,
     backend: str = "auto",
 ) -> PolicyLoss:
@@ -128,86 +185,118 @@ def policy_loss_from_logits(
     logits must not need its output for its own backward pass: a linear layer does not. Otherwise as
     :func:`linear_policy_loss`.
     """
-    resolve_backend("policy_loss_from_logits", backend)
+    backend = resolve_backend("policy_loss_from_logits", backend, logits)
     if logits.ndim != 2:
         raise ValueError(f"logits must be [N, V]; got {list(logits.shape)}: flatten the batch, keep rows with a target")
     _check_dtype("logits", logits)
     _check_targets(targets, logits, logits.shape[1])
-    tokens, plan = _plan(objective, tokens, logits, skip=False)
-    out = reference.policy_loss_from_logits(logits, targets, plan, _transform(temperature, None), inplace)
-    return PolicyLoss(*out, policy_metrics(objective, *out[1:], tokens))
-
-
-@torch.no_grad()
-def policy_metrics(objective: Objective, logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> dict[str, Tensor]:
-    """0-d tensors, plain means and maxima over the rows (0 if there are none), without host sync.
-
-    ``entropy``; ``ratio/mean``, ``ratio/max`` at the objective's level; ``clip_fraction`` (clip and cispo), the share
-    of rows whose bound is active; ``kl``, the k3 estimate to the reference, where ``ref_logp`` is given;
-    ``importance/mean``, ``importance/max`` with a rollout correction. Of a caller's own function only entropy, token
-    ratio and kl are known.
-    """
-    policy = objective if isinstance(objective, PolicyObjective) else PolicyObjective(surrogate=SURROGATES["reinforce"])
-    ratio = policy.ratio(logp, tokens)
-    metrics = {"entropy": _mean(entropy), "ratio/mean": _mean(ratio), "ratio/max": _max(ratio)}
-    clipped = _clipped(policy, ratio, tokens)
-    if clipped is not None:
-        metrics["clip_fraction"] = _mean(clipped.to(logp.dtype))
-    if tokens.ref_logp is not None:
-        difference = tokens.ref_logp - logp
-        metrics["kl"] = _mean(torch.expm1(difference) - difference)
-    importance = policy.importance(logp, tokens)
-    if importance is not None:
-        metrics["importance/mean"], metrics["importance/max"] = _mean(importance), _max(importance)
-    return metrics
-
-
-def _clipped(o: PolicyObjective, ratio: Tensor, tokens: TokenBatch) -> Tensor | None:
-    if o.surrogate == "cispo":
-        return ratio > 1 + o.clip_high
-    if o.surrogate != "clip":
-        return None
-    assert tokens.advantages is not None, "prepare() checks this"
-    positive, negative = tokens.advantages > 0, tokens.advantages < 0
-    top, delta = 1 + o.clip_high, math.inf if o.delta is None else o.delta
-    clipped = (positive & (ratio > min(top, delta))) | (negative & (ratio < 1 - o.clip_low))
-    for bound in (max(top, delta), math.inf if o.dual_clip is None else o.dual_clip):
-        clipped |= negative & (ratio > bound)
-    return clipped
-
-
-def _mean(values: Tensor) -> Tensor:
-    return values.sum() / max(len(values), 1)
-
-
-def _max(values: Tensor) -> Tensor:
-    return values.max() if len(values) else values.new_zeros(())
-
-
-def _plan(objective: Objective, tokens: TokenBatch, rows: Tensor, skip: bool) -> tuple[TokenBatch, reference.Plan]:
-    n_rows, dtype = len(rows), torch.promote_types(rows.dtype, torch.float32)
-    if isinstance(objective, PolicyObjective):
-        tokens, local = objective.prepare(tokens, n_rows, dtype, rows.device)
-    elif callable(objective):
-        tokens, local = tokens.expanded(n_rows, dtype, rows.device), False
+    _check_objective(objective, sampling_mask)
+    (needed, *_), rows = _needs(logits), logits.detach()
+    transform = (_temperature(temperature, logits), _softcap(softcap), *(sampling_mask or (None, None)))
+    if torch.compiler.is_compiling() and not _key(objective):
+        raise ValueError("under torch.compile the objective of policy_loss_from_logits must be a built-in one")
+    goal = _key(objective) if torch.compiler.is_compiling() else objective
+    of = (rows, targets, *transform, _fields(tokens), goal)
+    if inplace and needed:
+        loss, logp, entropy, metrics = library.policy_loss_from_logits_(*of, backend)
+        gradient = rows
     else:
-        raise ValueError(f"objective must be a PolicyObjective or a callable; got {objective!r}")
-
-    def gradients(logp: Tensor, entropy: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        return loss_gradients(objective, logp, entropy, tokens.rows(part) if local else tokens)
-
-    return tokens, reference.Plan(gradients, local, skip)
+        loss, logp, entropy, metrics, gradient = library.policy_loss_from_logits(*of, needed, backend)
+    loss = _attach(loss, (logits,), (gradient,), inplace)
+    return PolicyLoss(loss, logp, entropy, _named(objective, tokens, metrics))
 
 
-def _check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logits_dtype: str,
-) -> tuple[reference.Transform, torch.dtype]:
+# Autograd: the gradients exist already
+
+
+class _Attach(torch.autograd.Function):
+    """Gives a loss the gradients that were computed with it: ``(loss, inplace, *inputs [k], *gradients [k])``."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, inplace: bool, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[len(tensors) // 2 :])
+        ctx.inplace = inplace
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [_scaled(gradient, d_loss, ctx.inplace) for gradient in ctx.saved_tensors]
+        return None, None, *gradients, *(None for _ in gradients)
+
+
+def _attach(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor], inplace: bool) -> Tensor:
+    pairs = [(i, g) for i, g, need in zip(inputs, gradients, _needs(*inputs), strict=True) if need]
+    return _Attach.apply(loss, inplace, *(i for i, _ in pairs), *(g for _, g in pairs)) if pairs else loss
+
+
+def _scaled(gradient: Tensor, by: Tensor, inplace: bool) -> Tensor:
+    """``gradient * by``, the scalar not rounded to the gradient's dtype: on CUDA it has to promote, as ``[1]``."""
+    by = by.reshape(1) if gradient.is_cuda else by
+    return torch.mul(gradient, by, out=gradient if inplace else torch.empty_like(gradient))
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, softcap, logits_dtype, backend, keep = args
+        hidden, weight, bias, targets, temperature, indptr, indices = tensors
+        of = (hidden, weight, bias, targets, temperature, softcap, indptr, indices, logits_dtype)
+        logp, entropy, saved = library.linear_logprob(*of, keep, backend)
+        ctx.save_for_backward(*tensors, saved)
+        ctx.options = (softcap, logits_dtype, backend)
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, temperature, indptr, indices, saved = ctx.saved_tensors
+        softcap, logits_dtype, backend = ctx.options
+        needs = list(ctx.needs_input_grad[:3])
+        if d_logp is None:
+            d_logp = torch.zeros(len(hidden), dtype=library.statistics_dtype(hidden), device=hidden.device)
+        of = (hidden, weight, bias, targets, temperature, softcap, indptr, indices, saved, logits_dtype)
+        out = library.linear_logprob_backward(d_logp, d_entropy, *of, needs, backend)
+        return *(g if need else None for g, need in zip(out, needs, strict=True)), *(None for _ in range(8))
+
+
+def _traced(objective: Objective, tokens: TokenBatch, logp: Tensor, entropy: Tensor) -> PolicyLoss:
+    """The loss of an own function as plain torch, for a tracer to go through."""
+    if isinstance(objective, PolicyObjective):
+        tokens, _ = objective.prepare(tokens, len(logp), logp.dtype, logp.device)
+    else:
+        tokens = tokens.expanded(len(logp), logp.dtype, logp.device)
+    loss = objective(logp, entropy, tokens)
+    logp, entropy = logp.detach(), entropy.detach()
+    return PolicyLoss(loss, logp, entropy, policy_metrics(objective, logp, entropy, tokens))
+
+
+def _key(objective: Objective) -> str:
+    """By which a custom op finds a built-in objective again; empty for an own function."""
+    return objective.key if isinstance(objective, PolicyObjective) else ""
+
+
+def _needs(*inputs: Tensor | None) -> list[bool]:
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _fields(tokens: TokenBatch) -> list[Tensor | None]:
+    return [_detached(getattr(tokens, name)) for name in library.TOKEN_FIELDS]
+
+
+def _named(objective: Objective, tokens: TokenBatch, metrics: Tensor) -> dict[str, Tensor]:
+    return dict(zip(metric_names(objective, tokens), metrics.unbind(), strict=True))
+
+
+# Checks
+
+
+def _check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, logits_dtype: str) -> None:
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [N, D]; got {list(hidden.shape)}: flatten the batch, keep rows with a target")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
@@ -225,12 +314,11 @@ def _check_head(
         raise ValueError(f"logits_dtype={logits_dtype!r} is unknown; it is one of float32, bfloat16")
     if logits_dtype == "bfloat16" and hidden.dtype != torch.bfloat16:
         raise ValueError(f"logits_dtype='bfloat16' needs bf16 hidden; got {hidden.dtype}: use logits_dtype='float32'")
-    return _transform(temperature, softcap), getattr(torch, logits_dtype)
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in (torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"{name} must be bfloat16, float32 or float64; got {tensor.dtype}: cast it")
+    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"{name} must be bfloat16, float16, float32 or float64; got {tensor.dtype}: cast it")
 
 
 def _check_targets(targets: Tensor, rows: Tensor, vocab: int) -> None:
@@ -238,13 +326,37 @@ def _check_targets(targets: Tensor, rows: Tensor, vocab: int) -> None:
         raise ValueError(f"targets must be [{len(rows)}] int64; got {list(targets.shape)} {targets.dtype}")
     if targets.device != rows.device:
         raise ValueError(f"targets are on {targets.device}, the rows on {rows.device}: move them")
-    if targets.device.type == "cpu" and len(targets) and (targets.min() < 0 or targets.max() >= vocab):
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if len(targets) and (targets.min() < 0 or targets.max() >= vocab):
         raise ValueError(f"targets must lie in [0, {vocab}); drop the rows without a target: hidden[targets >= 0]")
 
 
-def _transform(temperature: float, softcap: float | None) -> reference.Transform:
+def _check_objective(objective: Objective, sampling_mask: SamplingMask | None) -> None:
+    if not callable(objective):
+        raise ValueError(f"objective must be a PolicyObjective or a callable; got {objective!r}")
+    if sampling_mask is None or not isinstance(objective, PolicyObjective):
+        return
+    for name in ("kl_coef", "entropy_coef"):
+        if getattr(objective, name) != 0:
+            raise ValueError(
+                f"{name}={getattr(objective, name)} with sampling_mask: KL and entropy are defined over the full "
+                f"vocabulary, of which the replay computes the kept columns only; set {name}=0 or drop sampling_mask"
+            )
+
+
+def _temperature(temperature: float | Tensor, rows: Tensor) -> Tensor | None:
+    dtype = library.statistics_dtype(rows)
+    if isinstance(temperature, Tensor):
+        if temperature.shape not in ((), rows.shape[:1]):
+            raise ValueError(f"temperature must be a number or [N] = [{len(rows)}]; got {list(temperature.shape)}")
+        return temperature.detach().to(device=rows.device, dtype=dtype).expand(len(rows)).contiguous()
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0; got {temperature!r}")
+    return None if temperature == 1.0 else torch.full((len(rows),), temperature, dtype=dtype, device=rows.device)
+
+
+def _softcap(softcap: float | None) -> float | None:
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0, or None; got {softcap!r}")
-    return reference.Transform(temperature, softcap)
+    return softcap

@@ -1,11 +1,14 @@
 """What all tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined, so before any is imported
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,235 @@
+"""How a pass over ``N`` rows is cut, and which rows have a gradient: what every backend shares.
+
+A chunk holds as many rows as its byte budget allows. A part is a set of rows whose loss can be computed by itself: any
+rows for a row-local objective, whole sequences for a sequence-level one, all rows for a function that nobody knows. A
+part that fits in a chunk takes one pass; one that does not has its statistics computed first and its logits again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 2 << 30}
+"""Size of one chunk's fp32 logits by device type; up to three such buffers are alive at a time."""
+
+SAVED_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
+"""Up to this size ``linear_logprob`` keeps the logits for its backward pass; beyond it they are computed again."""
+
+WORTH_SKIPPING = 0.05
+"""Share of rows without gradient from which on gathering the others costs less than multiplying all."""
+
+
+class Part(NamedTuple):
+    """Rows whose loss can be computed by itself, and the sequences they are, where that matters."""
+
+    rows: slice
+    sequences: slice | None = None
+
+    @property
+    def length(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+Gradients = Callable[[Tensor, Tensor, Part], tuple[Tensor, Tensor, Tensor | None]]
+"""``(logp [n], entropy [n], part) -> (loss of the part, c = dL/dlogp [n], e = dL/dH [n] or None)``."""
+
+
+@dataclass(frozen=True)
+class Inline:
+    """A built-in token-level objective as the one-kernel path takes it: settings by name, ``[N]`` vectors, numbers."""
+
+    surrogate: str
+    kl: str | None  # None: no KL term
+    kl_bias_correction: bool
+    correction: (
+        str | None
+    )  # None | given (rollout holds the weight) | truncate | mask (it holds the engine's log-probs)
+    has_entropy: bool
+    advantages: Tensor | None
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    rollout: Tensor | None
+    weight: Tensor
+    numbers: tuple[float, ...]  # clip_low, clip_high, dual_clip, delta, tau_pos, tau_neg, kl_coef, entropy_coef, cap
+
+    def vectors(self, rows: slice) -> tuple[Tensor | None, ...]:
+        """advantages, old_logp, ref_logp, rollout and weight of some rows."""
+        all_rows = (self.advantages, self.old_logp, self.ref_logp, self.rollout, self.weight)
+        return tuple(None if vector is None else vector[rows] for vector in all_rows)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is minimised, as far as a backend needs to know."""
+
+    gradients: Gradients
+    scope: str  # what a part may be: any "row"s, whole "sequence"s, only the whole "batch"
+    boundaries: Sequence[int] | None = None  # cu_seqlens as host integers; without them the batch is one part
+    inline: Inline | None = None  # the objective, for a backend that has it in its kernel
+    skip: bool = True  # rows with c = e = 0 leave before the gradient GEMMs
+
+    def parts(self, n_rows: int, size: int) -> list[Part]:
+        """Consecutive parts that cover ``n_rows``, of at most ``size`` rows wherever the scope allows it."""
+        if self.scope == "row":
+            return [Part(rows) for rows in slices(n_rows, size)]
+        if self.scope == "batch" or self.boundaries is None or n_rows <= size:
+            return [Part(slice(0, n_rows))]
+        return list(_whole_sequences(self.boundaries, size))
+
+
+def _whole_sequences(cu_seqlens: Sequence[int], size: int) -> list[Part]:
+    parts, first = [], 0
+    for last in range(1, len(cu_seqlens)):
+        if last + 1 == len(cu_seqlens) or cu_seqlens[last + 1] - cu_seqlens[first] > size:
+            parts.append(Part(slice(cu_seqlens[first], cu_seqlens[last]), slice(first, last)))
+            first = last
+    return parts
+
+
+def slices(n_rows: int, size: int) -> list[slice]:
+    """Slices of nearly equal length, at most ``size`` each, that cover ``n_rows``."""
+    step = math.ceil(n_rows / max(1, math.ceil(n_rows / max(1, size))))
+    return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, max(1, step))]
+
+
+def rows_per_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of logits that fit in ``CHUNK_BYTES``, at least one."""
+    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (vocab * dtype.itemsize))
+
+
+class Chunk(Protocol):
+    """Some rows whose statistics are known and whose gradient can still be made."""
+
+    logp: Tensor  # [n] of the statistics' dtype
+    entropy: Tensor  # [n]
+
+    def gradient(self, c: Tensor, e: Tensor | None, index: Tensor | None = None) -> Tensor:
+        """dL/d(raw logits) ``[k, V]`` of the rows ``index`` (None: all). May be asked for once."""
+
+
+class Source(Protocol):
+    """Where the rows' logits come from."""
+
+    n_rows: int
+    size: int  # rows of a chunk
+    stats: torch.dtype  # of logp and entropy
+    device: torch.device
+
+    def chunk(self, rows: slice | Tensor) -> Chunk: ...
+    def solve(self, plan: Plan, part: Part) -> tuple[Chunk, Tensor, Tensor, Tensor | None]: ...  # chunk, loss, c, e
+
+
+class Sink(Protocol):
+    """Where the gradient of the rows' logits goes."""
+
+    def add(self, rows: slice | Tensor, chunk: Chunk, c: Tensor, e: Tensor | None, index: Tensor | None) -> None:
+        """``rows`` are the chunk's; ``index`` says which of them have a gradient (None: all)."""
+
+
+class Pending(NamedTuple):
+    rows: slice | Tensor
+    chunk: Chunk
+    c: Tensor
+    e: Tensor | None
+    active: Tensor  # [n] bool
+    n_active: Tensor  # on the host, valid after ``ready``
+    ready: torch.cuda.Event
+
+
+class Outlet:
+    """Passes chunks on to the sink, without the rows whose gradient is 0 where that pays.
+
+    On CUDA one chunk late: the host reads how many rows remain while the device is busy with the next chunk, so that
+    the device never waits for the host.
+    """
+
+    def __init__(self, sink: Sink, skip: bool) -> None:
+        self.sink, self.skip, self.pending = sink, skip, None  # type: Sink, bool, Pending | None
+
+    def put(self, rows: slice | Tensor, chunk: Chunk, c: Tensor, e: Tensor | None) -> None:
+        if not self.skip:
+            return self.sink.add(rows, chunk, c, e, None)
+        active = (c != 0) if e is None else (c != 0) | (e != 0)
+        if active.is_cuda:
+            count = torch.empty((), dtype=torch.int64, pin_memory=True)
+            count.copy_(active.sum(), non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+            self.flush()
+            self.pending = Pending(rows, chunk, c, e, active, count, ready)
+        else:
+            self._add(rows, chunk, c, e, active, int(active.sum()))
+        return None
+
+    def flush(self) -> None:
+        """Send what is still held back."""
+        if self.pending is not None:
+            rows, chunk, c, e, active, count, ready = self.pending
+            self.pending = None
+            ready.synchronize()
+            self._add(rows, chunk, c, e, active, int(count))
+
+    def _add(self, rows: slice | Tensor, chunk: Chunk, c: Tensor, e: Tensor | None, active: Tensor, count: int) -> None:
+        if count == 0:
+            return
+        if count > (1 - WORTH_SKIPPING) * len(active):
+            self.sink.add(rows, chunk, c, e, None)
+        else:
+            self.sink.add(rows, chunk, c, e, torch.nonzero_static(active, size=count)[:, 0])
+
+
+def statistics(source: Source, rows: slice) -> tuple[Tensor, Tensor]:
+    """logp and entropy of the rows, in chunks: 2 n D V for a head."""
+    logp = torch.empty(rows.stop - rows.start, dtype=source.stats, device=source.device)
+    entropy = torch.empty_like(logp)
+    for at in slices(len(logp), source.size):
+        chunk = source.chunk(slice(rows.start + at.start, rows.start + at.stop))
+        logp[at], entropy[at] = chunk.logp, chunk.entropy
+    return logp, entropy
+
+
+def backward(source: Source, sink: Sink, rows: slice, c: Tensor, e: Tensor | None, skip: bool) -> None:
+    """Gradients of ``rows`` for known ``c [n]`` and ``e [n]``; their logits are asked for again.
+
+    On the host, k rows that count cost 6 k D V; on CUDA, where k is known too late for the first GEMM,
+    2 n D V + 4 k D V.
+    """
+    index = None
+    if skip and not c.is_cuda:
+        index = ((c != 0) if e is None else (c != 0) | (e != 0)).nonzero()[:, 0]
+        index = None if len(index) > (1 - WORTH_SKIPPING) * len(c) else index
+    outlet = Outlet(sink, skip and c.is_cuda)
+    for at in slices(len(c) if index is None else len(index), source.size):
+        chosen = at if index is None else index[at]
+        where = slice(rows.start + at.start, rows.start + at.stop) if index is None else chosen + rows.start
+        outlet.put(where, source.chunk(where), c[chosen], None if e is None else e[chosen])
+    outlet.flush()
+
+
+def policy_pass(source: Source, sink: Sink | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (scalar), logp ``[N]``, entropy ``[N]``; gradients go to ``sink``, if there is one."""
+    everything = slice(0, source.n_rows)
+    if sink is None:
+        logp, entropy = statistics(source, everything)
+        return plan.gradients(logp, entropy, Part(everything))[0], logp, entropy
+    logp = torch.empty(source.n_rows, dtype=source.stats, device=source.device)
+    entropy, total = torch.empty_like(logp), logp.new_zeros(())
+    outlet = Outlet(sink, plan.skip)
+    for part in plan.parts(source.n_rows, source.size):
+        if part.length <= source.size:
+            chunk, loss, c, e = source.solve(plan, part)
+            logp[part.rows], entropy[part.rows] = chunk.logp, chunk.entropy
+            outlet.put(part.rows, chunk, c, e)
+        else:
+            logp[part.rows], entropy[part.rows] = statistics(source, part.rows)
+            loss, c, e = plan.gradients(logp[part.rows], entropy[part.rows], part)
+            backward(source, sink, part.rows, c, e, plan.skip)
+        total = total + loss
+    outlet.flush()
+    return total, logp, entropy

@@ -1,0 +1,424 @@
+"""The fused computations as PyTorch's dispatcher sees them: custom ops with fake implementations and FLOP formulas.
+
+Each op is a function of tensors and plain values that computes results and gradients in one go, without autograd: the
+gradients travel on as tensors until ``revisual_fast.ops`` hands them to autograd. To a custom op the objective goes by
+its ``key``. ``tokens`` are the fields of a TokenBatch in their order. Gradients not asked for are empty tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from revisual_fast.kernels import kept as kept_rows
+from revisual_fast.kernels import linear, logits
+from revisual_fast.kernels.plan import Inline, Part, Plan
+from revisual_fast.kernels.reference import Transform
+from revisual_fast.losses import Objective, PolicyObjective, TokenBatch, loss_gradients
+from revisual_fast.objective_metrics import metric_names, policy_metrics
+
+TOKEN_FIELDS = tuple(f.name for f in fields(TokenBatch))
+INLINED = ("clip", "cispo", "sapo", "reinforce", "sft")
+
+
+class FusedOp:
+    """A function that is also a custom op. Called as the one in eager mode, where autograd and counters of FLOPs and
+    memory can look inside, and as the other while ``torch.compile`` traces, which leaves it whole.
+    """
+
+    def __init__(self, function: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> None:
+        self.function = function
+        self.op = torch.library.custom_op(f"revisual_fast::{function.__name__}", function, mutates_args=mutates_args)
+        self.register_fake = self.op.register_fake
+
+    def __call__(self, *args: Any) -> Any:
+        return self.op(*args) if torch.compiler.is_compiling() else self.function(*args)
+
+
+def _objective(objective: Any) -> Objective:
+    """The objective of an op's argument: itself in eager mode, where it may be any function; else from its key."""
+    return PolicyObjective.from_key(objective) if isinstance(objective, str) else objective
+
+
+def _batch(tokens: Sequence[Tensor | None]) -> TokenBatch:
+    return TokenBatch(**dict(zip(TOKEN_FIELDS, tokens, strict=True)))
+
+
+def make_plan(objective: Objective, tokens: TokenBatch, rows: Tensor, skip: bool) -> tuple[TokenBatch, Plan]:
+    """The batch, expanded and checked, and what the kernels need to know of the objective."""
+    n_rows, dtype = len(rows), torch.promote_types(rows.dtype, torch.float32)
+    cu, boundaries = tokens.cu_seqlens, None
+    if isinstance(objective, PolicyObjective):
+        tokens, scope = objective.prepare(tokens, n_rows, dtype, rows.device)
+    else:
+        tokens, scope = tokens.expanded(n_rows, dtype, rows.device), "batch"
+    if scope == "sequence" and cu is not None and cu.device.type == "cpu":
+        boundaries = cu.tolist()
+
+    def gradients(logp: Tensor, entropy: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+        cut = tokens
+        if part.sequences is not None:
+            cut = tokens.sequences(part.sequences, part.rows)
+        elif scope == "row":
+            cut = tokens.rows(part.rows)
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+            return loss_gradients(objective, logp, entropy, cut)  # autograd is off inside a custom op
+
+    return tokens, Plan(gradients, scope, boundaries, _inline(objective, tokens, scope), skip)
+
+
+def _inline(objective: Objective, tokens: TokenBatch, scope: str) -> Inline | None:
+    """The objective for the one-kernel path, or None if it has to go through :mod:`revisual_fast.losses`."""
+    o = objective
+    if not isinstance(o, PolicyObjective) or scope != "row" or o.surrogate not in INLINED:
+        return None
+    assert tokens.weight is not None, "prepare() derives it"
+    given = tokens.importance if o.rollout_correction is not None else None
+    infinite = float("inf")
+    bounds = (o.clip_low, o.clip_high, *(infinite if b is None else b for b in (o.dual_clip, o.delta)))
+    return Inline(
+        surrogate=str(o.surrogate),
+        kl=o.kl if o.kl_coef != 0 else None,
+        kl_bias_correction=o.kl_bias_correction,
+        correction=o.rollout_correction if given is None else "given",
+        has_entropy=o.entropy_coef != 0,
+        advantages=tokens.advantages,
+        old_logp=tokens.old_logp,
+        ref_logp=tokens.ref_logp if o.kl_coef != 0 else None,
+        rollout=tokens.rollout_logp if given is None and o.rollout_correction is not None else given,
+        weight=tokens.weight,
+        numbers=(*bounds, o.sapo_tau_pos, o.sapo_tau_neg, o.kl_coef, o.entropy_coef, o.rollout_cap),
+    )
+
+
+def statistics_dtype(rows: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64 rows."""
+    return torch.promote_types(rows.dtype, torch.float32)
+
+
+def _or_empty(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+
+
+def _temperature(transform: Transform, rows: Tensor) -> Tensor:
+    ones = torch.ones(len(rows), dtype=statistics_dtype(rows), device=rows.device)
+    return ones if transform.temperature is None else transform.temperature
+
+
+def _metrics(objective: Objective, logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
+    return torch.stack(list(policy_metrics(objective, logp, entropy, tokens).values()))
+
+
+def _like_hidden(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty gradients of the right shapes and dtypes, for the fakes."""
+    inputs = (hidden, weight, hidden if bias is None else bias)
+    made = [torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needs, strict=True)]
+    return made[0], made[1], made[2]
+
+
+# hidden states -> loss and gradients
+
+
+@FusedOp
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    mask_indptr: Tensor | None,
+    mask_indices: Tensor | None,
+    tokens: Sequence[Tensor | None],
+    objective: str,
+    logits_dtype: str,
+    needs: Sequence[bool],
+    skip: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, logp ``[N]``, entropy ``[N]``, metrics ``[M]``, dX ``[N, D]``, dW ``[V, D]``, db ``[V]``."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        goal = _objective(objective)
+        batch, plan = make_plan(goal, _batch(tokens), hidden, skip)
+        transform = Transform(temperature, softcap)
+        if mask_indptr is not None and mask_indices is not None:
+            mask = kept_rows.make_kept((mask_indptr, mask_indices), targets, len(weight))
+            out, gradients = _kept_policy_loss(hidden, weight, bias, targets, transform, mask, plan, needs, backend)
+        else:
+            head = linear.Head(hidden, weight, bias, targets, transform, getattr(torch, logits_dtype), backend)
+            out, sink = linear.policy_loss(head, plan, needs)
+            gradients = (None, None, None) if sink is None else sink.results(weight, bias)
+        loss, logp, entropy = out
+        return loss, logp, entropy, _metrics(goal, logp, entropy, batch), *_or_empty(gradients, hidden)  # type: ignore[return-value]
+
+
+@linear_policy_loss.register_fake
+def _(
+    hidden, weight, bias, targets, temperature, softcap, mask_indptr, mask_indices, tokens, objective, logits_dtype,
+    needs, skip, backend,
+):  # fmt: skip
+    loss, rows = (
+        hidden.new_empty((), dtype=statistics_dtype(hidden)),
+        hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden)),
+    )
+    metrics = loss.new_empty(len(metric_names(_objective(objective), _batch(tokens))))
+    return loss, rows, torch.empty_like(rows), metrics, *_like_hidden(hidden, weight, bias, needs)
+
+
+def _kept_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: Transform,
+    mask: kept_rows.Kept,
+    plan: Plan,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    z = kept_rows.kept_logits(hidden, weight, bias, mask, statistics_dtype(hidden), backend)
+    statistics = kept_rows.kept_statistics(z, targets, mask, _temperature(transform, hidden), transform.softcap)
+    loss, c, e = plan.gradients(statistics.logp, statistics.entropy, Part(slice(0, len(hidden))))
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if any(needs):
+        dz = kept_rows.kept_gradient(statistics, mask, c, e)
+        gradients = _kept_backward(dz, hidden, weight, bias, mask, needs, backend)
+    return (loss, statistics.logp, statistics.entropy), gradients
+
+
+def _kept_backward(
+    dz: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: kept_rows.Kept,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    d_hidden, d_weight, d_bias = kept_rows.kept_backward(
+        dz, hidden, weight, mask, (needs[0], needs[1], needs[2]), backend
+    )
+    d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+    d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
+    return d_hidden, d_weight, d_bias
+
+
+# hidden states -> log-probs
+
+
+@FusedOp
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    mask_indptr: Tensor | None,
+    mask_indices: Tensor | None,
+    logits_dtype: str,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logp ``[N]``, entropy ``[N]`` and what the backward pass may use again: logits ``[N, V]``, or nothing."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        transform = Transform(temperature, softcap)
+        if mask_indptr is not None and mask_indices is not None:
+            mask = kept_rows.make_kept((mask_indptr, mask_indices), targets, len(weight))
+            z = kept_rows.kept_logits(hidden, weight, bias, mask, statistics_dtype(hidden), backend)
+            of = (_temperature(transform, hidden), softcap)
+            statistics = kept_rows.kept_statistics(z, targets, mask, *of)
+            return statistics.logp, statistics.entropy, z.new_empty(0)
+        head = linear.Head(hidden, weight, bias, targets, transform, getattr(torch, logits_dtype), backend)
+        logp, entropy, saved = linear.logprob(head, keep)
+        return logp, entropy, hidden.new_empty(0) if saved is None else saved
+
+
+@linear_logprob.register_fake
+def _(
+    hidden, weight, bias, targets, temperature, softcap, mask_indptr, mask_indices, logits_dtype, keep, backend
+):  # fmt: skip
+    rows = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden))
+    dtype = torch.promote_types(getattr(torch, logits_dtype), hidden.dtype)
+    saved = hidden.new_empty(0)
+    if keep and mask_indptr is None and linear.fits(len(hidden), len(weight), dtype, hidden.device):
+        saved = hidden.new_empty((len(hidden), len(weight)), dtype=dtype)
+    return rows, torch.empty_like(rows), saved
+
+
+@FusedOp
+def linear_logprob_backward(
+    d_logp: Tensor,
+    d_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    mask_indptr: Tensor | None,
+    mask_indices: Tensor | None,
+    saved: Tensor,
+    logits_dtype: str,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX ``[N, D]``, dW ``[V, D]``, db ``[V]`` for the upstream gradients of logp and entropy."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        transform = Transform(temperature, softcap)
+        if mask_indptr is not None and mask_indices is not None:
+            mask = kept_rows.make_kept((mask_indptr, mask_indices), targets, len(weight))
+            z = kept_rows.kept_logits(hidden, weight, bias, mask, statistics_dtype(hidden), backend)
+            of = (_temperature(transform, hidden), softcap)
+            statistics = kept_rows.kept_statistics(z, targets, mask, *of)
+            dz = kept_rows.kept_gradient(statistics, mask, d_logp, d_entropy)
+            return _or_empty(_kept_backward(dz, hidden, weight, bias, mask, needs, backend), hidden)  # type: ignore[return-value]
+        dtype, logits_of = getattr(torch, logits_dtype), saved if saved.ndim == 2 else None
+        head = linear.Head(hidden, weight, bias, targets, transform, dtype, backend, logits_of)
+        sink = linear.logprob_backward(head, d_logp, d_entropy, needs)
+        return _or_empty(sink.results(weight, bias), hidden)  # type: ignore[return-value]
+
+
+@linear_logprob_backward.register_fake
+def _(
+    d_logp, d_entropy, hidden, weight, bias, targets, temperature, softcap, mask_indptr, mask_indices, saved,
+    logits_dtype, needs, backend,
+):  # fmt: skip
+    return _like_hidden(hidden, weight, bias, needs)
+
+
+# logits -> loss and gradient
+
+
+def _from_logits(
+    rows: Tensor,
+    targets: Tensor,
+    transform: Transform,
+    mask: tuple[Tensor, Tensor] | None,
+    tokens: Sequence[Tensor | None],
+    objective: str,
+    backend: str,
+    gradient: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(rows.device.type, enabled=False):
+        goal = _objective(objective)
+        batch, plan = make_plan(goal, _batch(tokens), rows, skip=False)  # every row of the gradient has to be written
+        if mask is None:
+            out = logits.policy_loss(rows, targets, plan, transform, backend, gradient)
+        else:
+            out = _kept_from_logits(rows, targets, transform, mask, plan, gradient)
+        return *out, _metrics(goal, *out[1:], batch)
+
+
+def _kept_from_logits(
+    rows: Tensor,
+    targets: Tensor,
+    transform: Transform,
+    sampling_mask: tuple[Tensor, Tensor],
+    plan: Plan,
+    gradient: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = kept_rows.make_kept(sampling_mask, targets, rows.shape[1])
+    z = kept_rows.kept_from_logits(rows, mask, statistics_dtype(rows))
+    statistics = kept_rows.kept_statistics(z, targets, mask, _temperature(transform, rows), transform.softcap)
+    loss, c, e = plan.gradients(statistics.logp, statistics.entropy, Part(slice(0, len(rows))))
+    if gradient is not None:
+        gradient.zero_()
+        kept_rows.kept_scatter(kept_rows.kept_gradient(statistics, mask, c, e), mask, gradient)
+    return loss, statistics.logp, statistics.entropy
+
+
+def _pair(indptr: Tensor | None, indices: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if indptr is None or indices is None else (indptr, indices)
+
+
+@FusedOp
+def policy_loss_from_logits(
+    rows: Tensor,
+    targets: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    mask_indptr: Tensor | None,
+    mask_indices: Tensor | None,
+    tokens: Sequence[Tensor | None],
+    objective: str,
+    needs_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, logp ``[N]``, entropy ``[N]``, metrics ``[M]`` and the gradient of the logits ``[N, V]``, if needed."""
+    gradient = torch.empty_like(rows) if needs_gradient else None
+    mask = _pair(mask_indptr, mask_indices)
+    out = _from_logits(rows, targets, Transform(temperature, softcap), mask, tokens, objective, backend, gradient)
+    return *out, rows.new_empty(0) if gradient is None else gradient
+
+
+@policy_loss_from_logits.register_fake
+def _(
+    rows, targets, temperature, softcap, mask_indptr, mask_indices, tokens, objective, needs_gradient, backend
+):  # fmt: skip
+    gradient = torch.empty_like(rows) if needs_gradient else rows.new_empty(0)
+    return *_fake_from_logits(rows, tokens, objective), gradient
+
+
+@partial(FusedOp, mutates_args=("rows",))
+def policy_loss_from_logits_(
+    rows: Tensor,
+    targets: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    mask_indptr: Tensor | None,
+    mask_indices: Tensor | None,
+    tokens: Sequence[Tensor | None],
+    objective: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, logp ``[N]``, entropy ``[N]``, metrics ``[M]``; the logits ``[N, V]`` become their gradient."""
+    mask = _pair(mask_indptr, mask_indices)
+    return _from_logits(rows, targets, Transform(temperature, softcap), mask, tokens, objective, backend, rows)
+
+
+@policy_loss_from_logits_.register_fake
+def _(rows, targets, temperature, softcap, mask_indptr, mask_indices, tokens, objective, backend):
+    return _fake_from_logits(rows, tokens, objective)
+
+
+def _fake_from_logits(rows: Tensor, tokens: Sequence[Tensor | None], objective: str) -> tuple[Tensor, ...]:
+    loss, vector = (
+        rows.new_empty((), dtype=statistics_dtype(rows)),
+        rows.new_empty(len(rows), dtype=statistics_dtype(rows)),
+    )
+    metrics = loss.new_empty(len(metric_names(_objective(objective), _batch(tokens))))
+    return loss, vector, torch.empty_like(vector), metrics
+
+
+# FLOPs, for torch.utils.flop_counter: every row active, every part in one chunk; of a replay, only the kept columns
+
+
+@register_flop_formula(torch.ops.revisual_fast.linear_policy_loss)
+def _linear_policy_loss_flops(hidden, weight, *args, out_shape=None, **kwargs) -> int:
+    mask, needs = args[5], args[9]
+    return _products(hidden, weight, mask) * (1 + sum(needs[:2]))
+
+
+@register_flop_formula(torch.ops.revisual_fast.linear_logprob)
+def _linear_logprob_flops(hidden, weight, *args, out_shape=None, **kwargs) -> int:
+    return _products(hidden, weight, args[5])
+
+
+@register_flop_formula(torch.ops.revisual_fast.linear_logprob_backward)
+def _linear_logprob_backward_flops(d_logp, d_entropy, hidden, weight, *args, out_shape=None, **kwargs) -> int:
+    mask, saved, needs = args[5], args[6], args[8]
+    return _products(hidden, weight, mask) * ((len(saved) != 2) + sum(needs[:2]))
+
+
+def _products(hidden: Sequence[int], weight: Sequence[int], mask: Sequence[int] | None) -> int:
+    pairs = hidden[0] * weight[0] if mask is None else mask[0]
+    return 2 * pairs * hidden[1]

@@ -1,0 +1,267 @@
+"""The Triton row kernel and the fused ops on it: against float64, with errors bounded by plain torch's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from revisual_fast import PolicyObjective, TokenBatch, linear_policy_loss, policy_loss_from_logits
+from revisual_fast.kernels import plan
+from revisual_fast.kernels.reference import TorchChunk, Transform
+from revisual_fast.losses import loss_gradients
+from tests.numerics import make, make_tokens, relative_error
+
+pytest.importorskip("triton")
+from revisual_fast.kernels.objective import CORRECTIONS, KL_FORMS, SURROGATES
+from revisual_fast.kernels.rows import TritonChunk
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written holds nan."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def random_logits(kind: str, n: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(v)
+    z, targets = torch.randn(n, v, generator=g) * 3, torch.randint(v, (n,), generator=g)
+    if kind == "last column":
+        targets.fill_(v - 1)
+    elif kind == "peaked":
+        targets[::2] = z.argmax(dim=1)[::2]
+        z *= 30
+    elif kind == "all negative":
+        z -= 1000
+    elif kind == "minus infinity":
+        z[:, 1::2] = -float("inf")
+        targets -= targets % 2
+    return z.to(DEVICE, dtype), targets.to(DEVICE)
+
+
+def exact(z: Tensor, targets: Tensor, c: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    z = z.double().requires_grad_()
+    log_p = z.log_softmax(dim=-1)
+    logp = log_p.gather(1, targets[:, None])[:, 0]
+    entropy = -torch.where(log_p.isinf(), 0, log_p.exp() * log_p.clamp(min=-1e300)).sum(-1)
+    (dz,) = torch.autograd.grad((logp * c + entropy * e).sum(), z)
+    return logp.detach(), entropy.detach(), dz
+
+
+def plain(z: Tensor, targets: Tensor, c: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain torch in fp32, its gradient rounded to the dtype of the logits."""
+    wide = z.float().requires_grad_()
+    log_p = wide.log_softmax(dim=-1)
+    logp = log_p.gather(1, targets[:, None])[:, 0]
+    entropy = -torch.where(log_p.isinf(), 0, log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)
+    (dz,) = torch.autograd.grad((logp * c + entropy * e).sum(), wide)
+    return logp.detach(), entropy.detach(), dz.to(z.dtype)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("v", [1, 3, 127, 1000, 4097, 151_936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "last column", "peaked", "all negative", "minus infinity"])
+def test_error_is_bounded_by_plain_torch(kind: str, dtype: torch.dtype, v: int) -> None:
+    n = 3 if v > 10_000 else 8
+    z, targets = random_logits(kind, n, v, dtype)
+    c, e = torch.linspace(-1, 2, n, device=DEVICE), torch.linspace(0.5, -0.5, n, device=DEVICE)
+    wanted = exact(z, targets, c.double(), e.double())
+    allowed = plain(z, targets, c, e)
+    chunk = TritonChunk(z.clone(), targets, Transform())
+    got = (chunk.logp, chunk.entropy, chunk.gradient(c, e))
+    # The interpreter's casts to 16 bits truncate, a device's round: one unit in the last place instead of a half.
+    steps = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+    floors = (2**-23 * z.float().clamp(min=-2e3).abs().max().item(), 2e-6, 0.0)
+    for name, a, b, x, floor in zip(("logp", "entropy", "dz"), got, allowed, wanted, floors, strict=True):
+        assert a.isfinite().all(), name
+        unit = steps[dtype] if name == "dz" else 0.0
+        error, bound = (a.double() - x).abs().max(), 2 * (b.double() - x).abs().max()
+        assert error <= bound + floor + unit * x.abs().max(), (name, float(error), float(bound))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("temperature", [False, True])
+def test_transform_and_bias_as_in_the_reference(temperature: bool, softcap: float | None, bias: bool) -> None:
+    n, v = 6, 1003
+    z, targets = random_logits("plain", n, v, torch.float32)
+    t = torch.linspace(0.5, 1.6, n, device=DEVICE) if temperature else None
+    b = torch.linspace(-2, 2, v, device=DEVICE) if bias else None
+    c, e = torch.linspace(-1, 2, n, device=DEVICE), torch.linspace(0.5, -0.5, n, device=DEVICE)
+    index = torch.tensor([1, 2, 5], device=DEVICE)
+    for rows in (None, index):
+        for coefficient in (None, e):
+            wide = TorchChunk(
+                z.double(),
+                targets,
+                Transform(None if t is None else t.double(), softcap),
+                None if b is None else b.double(),
+            )
+            wanted = wide.gradient(c.double(), None if coefficient is None else coefficient.double(), rows)
+            chunk = TritonChunk(z.clone(), targets, Transform(t, softcap), b)
+            assert relative_error(chunk.logp, wide.logp) < 1e-6
+            assert relative_error(chunk.entropy, wide.entropy) < 1e-6
+            assert relative_error(chunk.gradient(c, coefficient, rows), wanted) < 2e-6
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_gradient_in_place_and_in_rows_of_any_stride() -> None:
+    z, targets = random_logits("plain", 4, 300, torch.bfloat16)
+    c = torch.ones(4, device=DEVICE)
+    beside = TritonChunk(z, targets, Transform()).gradient(c, None)
+    wide = torch.full((4, 777), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    strided = wide[:, :300]
+    strided.copy_(z)
+    chunk = TritonChunk(strided, targets, Transform(), out=strided)
+    assert chunk.gradient(c, None).data_ptr() == wide.data_ptr()
+    assert torch.equal(strided, beside)
+    assert wide[:, 300:].isnan().all()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter's host memory")
+def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
+    """Rows so far apart that row times stride does not fit in 32 bits; the file they lie in has holes."""
+    stride, v = 2**31 + 11, 40
+    memory = torch.from_file(str(tmp_path / "z"), shared=True, size=2 * stride + v, dtype=torch.bfloat16)
+    far = memory.as_strided((3, v), (stride, 1))
+    z, targets = random_logits("plain", 3, v, torch.bfloat16)
+    far.copy_(z.cpu())
+    c, e = torch.ones(3), torch.full((3,), 0.5)
+    near = TritonChunk(z.cpu().clone(), targets.cpu(), Transform())
+    chunk = TritonChunk(far, targets.cpu(), Transform(), out=far)
+    assert torch.equal(chunk.logp, near.logp)
+    chunk.gradient(c, e)
+    assert torch.equal(far, near.gradient(c, e))
+
+
+# The objective in the kernel
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"clip_low": 0.1, "clip_high": 0.3, "delta": 1.5},
+    {"dual_clip": 1.3},
+    {"delta": 1.2, "dual_clip": 1.1},
+    {"surrogate": "cispo", "clip_high": 0.1},
+    {"surrogate": "sapo"},
+    {"surrogate": "reinforce"},
+    {"surrogate": "sft"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())) or "clip")
+@pytest.mark.parametrize("on_policy", [False, True], ids=["off", "on"])
+def test_every_combination_of_the_inlined_objective(settings: dict[str, Any], on_policy: bool) -> None:
+    """Loss and gradient of rows in the kernel against the same objective in float64, through ``losses``."""
+    n, v = 10, 5
+    logits = torch.randn(n, v, generator=torch.Generator().manual_seed(3))
+    targets = torch.arange(n) % v
+    tokens = make_tokens({"hidden": logits, "weight": torch.eye(v), "targets": targets}, cu_seqlens=None)
+    tokens = replace(tokens, old_logp=None) if on_policy else tokens
+    logits, targets = logits.to(DEVICE), targets.to(DEVICE)
+    given = torch.linspace(0, 2, n)
+    kinds = itertools.product((None, "k1", "k2", "k3"), (False, True), (None, "truncate", "mask", "given"), (0.0, 0.05))
+    for kl, bias, correction, entropy in kinds:
+        o = PolicyObjective(
+            **settings,
+            kl=kl or "k3",
+            kl_coef=0.0 if kl is None else 0.3,
+            kl_bias_correction=bias,
+            rollout_correction="truncate" if correction == "given" else correction,
+            rollout_cap=1.1,
+            entropy_coef=entropy,
+        )
+        batch = replace(tokens, importance=given) if correction == "given" else tokens
+        leaf = logits.clone().requires_grad_()
+        out = policy_loss_from_logits(leaf, targets, batch, o, backend="triton")
+        out.loss.backward()
+        wide = logits.double().requires_grad_()
+        wanted = policy_loss_from_logits(wide, targets, batch, o, backend="torch")
+        wanted.loss.backward()
+        assert torch.allclose(out.loss.double(), wanted.loss, rtol=1e-5, atol=1e-6), (kl, bias, correction, entropy)
+        assert relative_error(leaf.grad, wide.grad) < 1e-5, (kl, bias, correction, entropy)
+
+
+def test_what_the_kernel_inlines_is_what_the_library_sends_it() -> None:
+    from revisual_fast.library import INLINED
+
+    assert set(INLINED) == set(SURROGATES)
+    assert set(KL_FORMS) == {None, "k1", "k2", "k3"}
+    assert set(CORRECTIONS) == {None, "given", "truncate", "mask"}
+
+
+# The ops on this backend
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("grpo", {"kl_coef": 0.1}),
+    ("gspo", {"kl_coef": 0.1, "kl_bias_correction": True}),
+    ("sapo", {"entropy_coef": 0.1}),
+    ("cispo", {"rollout_correction": "mask", "rollout_level": "sequence"}),
+]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("chunk", [None, 5], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("preset", "fields"), CASES, ids=lambda c: c if isinstance(c, str) else "")
+def test_ops_against_the_torch_backend(
+    preset: str, fields: dict[str, Any], dtype: torch.dtype, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunk is not None:
+        monkeypatch.setitem(plan.CHUNK_BYTES, DEVICE, chunk * 19 * 4)
+    x = make(dtype=dtype)
+    tokens, o = (
+        make_tokens(x, advantages=torch.tensor([1.0, 1.0, -2.0, 0.0, 0.5])),
+        PolicyObjective.preset(preset, **fields),
+    )
+    wide = {k: t if k == "targets" else t.detach().double().requires_grad_() for k, t in x.items()}
+    bias = torch.linspace(-1, 1, 19).to(dtype).requires_grad_()
+    results = []
+    for inputs, b, backend in (
+        (x, bias, "torch"),
+        (x, bias, "triton"),
+        (wide, bias.detach().double().requires_grad_(), "torch"),
+    ):
+        temperature = torch.linspace(0.8, 1.2, 14)
+        out = linear_policy_loss(
+            **inputs, tokens=tokens, objective=o, bias=b, softcap=5.0, temperature=temperature, backend=backend
+        )
+        gradients = torch.autograd.grad(2 * out.loss, [inputs["hidden"], inputs["weight"], b])
+        results.append((out.loss, out.logp, out.entropy, *gradients))
+    step = 2**-8 if dtype == torch.bfloat16 else 1e-6  # an interpreter's cast truncates
+    for reference, ours, wanted in zip(*results, strict=True):
+        assert relative_error(ours, wanted) <= 2 * relative_error(reference, wanted) + step
+
+
+def test_two_phase_and_one_kernel_agree() -> None:
+    x = make(dtype=torch.float32)
+    tokens, o = make_tokens(x), PolicyObjective(kl_coef=0.1, entropy_coef=0.1)
+    prepared, _ = o.prepare(tokens, 14, torch.float32, torch.device("cpu"))
+
+    def own(logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
+        return o(logp, entropy, prepared)
+
+    results = []
+    for goal in (o, own):
+        out = linear_policy_loss(**x, tokens=tokens, objective=goal, backend="triton")
+        results.append((out.loss, *torch.autograd.grad(out.loss, [x["hidden"], x["weight"]])))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    _, c, e = loss_gradients(o, torch.zeros(14), torch.zeros(14), prepared)
+    assert c.shape == (14,)
+    assert e is not None

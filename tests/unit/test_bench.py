@@ -1,0 +1,271 @@
+"""The benchmarks: nothing wrong gets a time, the rounds are fair, the figures are counted right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import revisual_fast.cli
+from bench import counts, harness, machine
+from bench.harness import Bench, Call, Case, Problem, Variant
+from bench.inputs import OBJECTIVE, clip_loss, make_inputs, reference
+from bench.problems import OPS, cases
+from tests.numerics import naive_logprob, naive_policy_loss
+
+CASE = Case("linear_policy_loss", 16, 8, 40)
+ANSWER = torch.arange(1, 9, dtype=torch.float64)
+
+
+class FakeClock:
+    """Every call takes as many seconds as calls were made before it; remembers who was called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def seconds(self, run):
+        run()
+        self.calls.append(run)
+        return float(len(self.calls))
+
+    def peak_bytes(self, run):
+        run()
+        return 1 << 20
+
+
+def computing(name, value, role="plain", **fields):
+    return Variant(name, role, lambda: Call(lambda: {"y": value}), **fields)
+
+
+def problem(*variants, flops=600, n_bytes=30):
+    ceilings = {"copy": (lambda: None, 100), "gemm": (lambda: None, 1000)}
+    eager = computing("eager", ANSWER.float() * (1 + 1e-5))
+    return Problem(CASE, [eager, *variants], lambda: {"y": ANSWER}, flops, n_bytes, ceilings)
+
+
+def rows_of(*variants, rounds=4, warmup=0):
+    clock = FakeClock()
+    bench = Bench(problem(*variants), clock, rounds, warmup)
+    return {row["variant"]: row for row in bench.run()}, clock
+
+
+def test_a_wrong_variant_gets_no_time_and_a_failing_one_neither():
+    def fail():
+        raise RuntimeError("out of memory")
+
+    rows, clock = rows_of(
+        computing("good", ANSWER.float() * (1 + 1.9e-5), "ours"),
+        computing("bad", ANSWER.float() * (1 + 2.2e-5), "ours"),
+        computing("nan", ANSWER * float("nan"), "peer"),
+        computing("unlike", ANSWER[:3], "peer"),
+        Variant("raises", "peer", lambda: Call(fail)),
+        Variant("absent", "peer", reason="needs CUDA"),
+    )
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "eager": "ok",
+        "good": "ok",
+        "bad": "wrong",
+        "nan": "wrong",
+        "unlike": "failed",
+        "raises": "failed",
+        "absent": "unavailable",
+    }
+    for name in ("bad", "nan", "unlike", "raises", "absent"):
+        assert "median_s" not in rows[name]
+        assert rows[name]["reason"]
+    assert "2.0" in rows["bad"]["reason"], "says what is allowed"
+    assert "out of memory" in rows["raises"]["reason"]
+    assert len(clock.calls) == 4 * (2 + 2), "two variants and two ceilings in each round"
+
+
+def test_rounds_are_interleaved_and_rotated():
+    assert list(harness.rotated(["a", "b", "c"], 4)) == [list("abc"), list("bca"), list("cab"), list("abc")]
+    rows, _ = rows_of(computing("good", ANSWER, "ours"), rounds=2, warmup=1)
+    # warm-up takes calls 1 to 4; the rounds start at the second and at the third of the four
+    assert rows["eager"]["samples_s"] == [8.0, 11.0]
+    assert rows["good"]["samples_s"] == [5.0, 12.0]
+
+
+def test_timing_is_set_against_the_ceilings_of_the_same_run():
+    rows, _ = rows_of(rounds=1)
+    eager = rows["eager"]  # second 1; the copy took 2 s for 100 bytes, the products 3 s for 1000 FLOPs
+    assert eager["ceiling_copy_bytes_per_s"] == 50
+    assert eager["of_copy"] == pytest.approx(30 / 1 / 50)
+    assert eager["of_gemm"] == pytest.approx(600 / 1 / (1000 / 3))
+    assert eager["of_floor"] == pytest.approx(max(600 / (1000 / 3), 30 / 50) / 1)
+    assert eager["peak_bytes"] == 1 << 20
+
+
+def test_a_variant_that_destroys_its_input_is_reset_before_every_call():
+    state = {"x": ANSWER.clone()}
+
+    def run():
+        out = {"y": state["x"].clone()}
+        state["x"].zero_()
+        return out
+
+    own = Variant("own", "ours", lambda: Call(run, lambda: state["x"].copy_(ANSWER)))
+    rows, _ = rows_of(own)
+    assert rows["own"]["status"] == "ok"
+
+
+def test_a_yardstick_must_have_run():
+    with pytest.raises(ValueError, match="did not run"):
+        rows_of(computing("good", ANSWER, yardstick="nobody"))
+    with pytest.raises(ValueError, match="share a name"):
+        rows_of(computing("eager", ANSWER))
+
+
+def test_percentiles():
+    samples = [5.0, 1.0, 2.0, 4.0, 3.0]
+    assert [counts.percentile(samples, share) for share in (0, 0.2, 0.5, 0.8, 1)] == pytest.approx([1, 1.8, 3, 4.2, 5])
+    assert counts.percentile([7.0], 0.8) == 7
+    with pytest.raises(ValueError, match="no samples"):
+        counts.percentile([], 0.5)
+
+
+def test_flops_and_bytes():
+    n, d, v = 8192, 3584, 152064
+    assert counts.head_flops(n, d, v) == 6 * n * d * v
+    assert counts.head_flops(n, d, v, 4) == 8 * n * d * v
+    assert counts.head_bytes(2, 3, 5, 2, vectors=1) == 2 * (6 + 15) * 2 + 2 * 8 + 2 * 4
+    assert counts.logits_bytes(n, v, 2, vectors=0) == 4 * n * v + 8 * n, "4 bytes a bf16 logit"
+    assert counts.replay_flops(4, 6, 8) == 6 * 4 * 6 * 8
+    assert counts.replay_bytes(4, 6, 10, 8, 4, vectors=0) == 4 * (48 + 60 + 60) + 8 * (32 + 5) + 8 * 4
+    assert counts.advantages_bytes(10) == 80
+    assert counts.pad_bytes(10) == 130
+    assert counts.gather_bytes(4, 6, 2) == 4 * 2 * 24 + 32
+    assert counts.floor_seconds(100, 10, 10.0, 100.0) == 10
+    assert counts.floor_seconds(0, 10, None, 5.0) == 2
+
+
+def test_the_loss_is_bounded_by_what_an_error_of_logp_can_do():
+    answer = {"loss": torch.tensor(0.0), "logp": torch.tensor([3.0, 4.0]), "c": torch.tensor([0.6, 0.8])}
+    errors = harness.errors_of({"loss": torch.tensor(0.5)}, answer)
+    assert errors == {"loss": pytest.approx(0.1)}
+    allowed = harness.allowed_errors(["loss", "d"], {"logp": 0.06, "d": 0.0})
+    assert allowed == {"loss": 0.12, "d": harness.ROUNDING}
+
+
+@pytest.mark.parametrize("op", ["linear_policy_loss", "policy_loss_from_logits"])
+def test_the_reference_is_the_objective(op):
+    """Against the naive loss of the tests, token by token, and autograd."""
+    x = make_inputs(Case(op, 16, 8 if op.startswith("linear") else 0, 40, "float64"))
+    found = reference(x, clip_loss(x))
+    if x.logits is None:
+        hidden, weight = x.head
+    else:
+        hidden, weight = x.logits, torch.eye(40, dtype=torch.float64)
+    logp, entropy = naive_logprob(hidden, weight, x.targets)
+    loss = naive_policy_loss(logp, entropy, x.tokens, OBJECTIVE)
+    torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found["entropy"], entropy.detach())
+    name = "d_hidden" if x.logits is None else "d_logits"
+    torch.testing.assert_close(found[name], torch.autograd.grad(loss, [hidden])[0], rtol=1e-6, atol=1e-12)
+
+
+def test_no_row_is_near_a_bound_and_few_are_clipped():
+    x = make_inputs(Case("linear_policy_loss", 4096, 8, 40))
+    logp = reference(x, clip_loss(x))["logp"]
+    ratio = (logp - x.old_logp).exp()
+    distance = torch.minimum((ratio - 0.8).abs(), (ratio - 1.2).abs())
+    assert distance.min() > 0.05
+    clipped = ((ratio > 1.2) & (x.advantages > 0)) | ((ratio < 0.8) & (x.advantages < 0))
+    assert 0 < clipped.float().mean() < 0.03, "no variant gains from skipping rows"
+
+
+def test_the_kept_set_has_every_id_once_and_the_target():
+    x = make_inputs(Case("sampling_mask_replay", 64, 8, 200))
+    assert (x.kept == x.targets[:, None]).any(1).all()
+    assert all(len(row.unique()) == len(row) for row in x.kept)
+
+
+@pytest.fixture(scope="module")
+def small_rows():
+    """A real run, tiny: plain torch only, so that nothing has to be compiled or installed."""
+    made = OPS["linear_policy_loss"](CASE)
+    kept = [v for v in made.variants if v.name in ("eager", "revisual-fast torch", "cut-cross-entropy")]
+    made = Problem(CASE, kept, made.reference, made.flops, made.bytes, made.ceilings)
+    return harness.measure(made, harness.stamp("cpu", "cpu"), rounds=2)
+
+
+def test_rows_say_all_there_is_to_know(small_rows, tmp_path):
+    row = next(row for row in small_rows if row["variant"] == "revisual-fast torch")
+    assert row["status"] == "ok", row["reason"]
+    for name in ("device", "versions", "commit", "threads", "case", "errors", "errors_allowed", "bytes", "flops"):
+        assert row[name]
+    for name in (
+        "median_s",
+        "p20_s",
+        "p80_s",
+        "rounds",
+        "of_copy",
+        "of_gemm",
+        "of_floor",
+        "run",
+        "time",
+        "ratio_error",
+    ):
+        assert name in row
+    assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
+    assert set(row["outputs"]) == {"loss", "logp", "entropy", "d_hidden", "d_weight"}
+    assert set(row["commit"]) == {"rev", "dirty"}
+    peer = next(row for row in small_rows if row["variant"] == "cut-cross-entropy")
+    assert (peer["status"], peer["reason"]) == ("unavailable", "needs CUDA")
+    path = harness.append(small_rows, tmp_path)
+    harness.append(small_rows, tmp_path)
+    assert path == tmp_path / machine.slug(row["device"]) / "linear_policy_loss.jsonl"
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [*small_rows, *small_rows]
+
+
+def test_peak_memory_on_the_cpu():
+    clock = machine.CpuClock()
+    peak = clock.peak_bytes(lambda: torch.ones(16 << 20))
+    if peak is None:
+        pytest.skip("this kernel has no /proc/self/clear_refs")
+    assert 64 << 20 <= peak < 72 << 20
+    assert clock.peak_bytes(lambda: None) < 4 << 20, "what was freed does not count again"
+
+
+# The command
+
+
+def test_cases_of_a_suite():
+    assert {case.op for case in cases("gpu")} == set(OPS)
+    assert all(case.device == "cuda" for case in cases("gpu"))
+    asked = {(case.n, case.d, case.v, case.dtype) for case in cases("cpu") if case.op == "linear_policy_loss"}
+    assert asked == {(2048, 512, 32000, "float32"), (2048, 512, 32000, "bfloat16")}
+    assert cases("cpu", ["policy_loss_from_logits"], (16, 8, 40), ["bfloat16"]) == [
+        Case("policy_loss_from_logits", 16, 0, 40, "bfloat16")
+    ]
+    with pytest.raises(ValueError, match="multiple of 8"):
+        make_inputs(Case("linear_policy_loss", 12, 8, 40))
+
+
+def test_the_command_runs_the_folder_as_a_program(tmp_path, capfd):
+    arguments = ["bench", "--suite", "cpu", "--op", "gather_rows", "--shape", "16,8,40", "--rounds", "1"]
+    assert revisual_fast.cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    said = capfd.readouterr().out
+    assert "nothing else may run beside it" in said
+    assert list(tmp_path.glob("*/gather_rows.jsonl"))
+
+
+def test_the_command_without_the_folder_says_what_to_do(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(revisual_fast.cli, "__file__", str(tmp_path / "site/revisual_fast/cli.py"))
+    assert revisual_fast.cli.main(["bench"]) == 1
+    assert "clone the repository" in capsys.readouterr().err
+
+
+def test_bad_usage_of_the_command():
+    for arguments, code in ([["--shape", "1,2"], 2], [["--rounds", "0"], 1]):
+        run = subprocess.run(
+            [sys.executable, "-m", "bench", *arguments],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == code
+        assert "Traceback" not in run.stderr

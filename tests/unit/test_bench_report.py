@@ -1,0 +1,107 @@
+"""RESULTS.md: ratios within a run, the fastest baseline first, and nothing that was not measured."""
+
+from bench import harness, machine, report
+from bench.targets import MISSING, targets
+
+
+def row(
+    variant, median, role="plain", *, device="AMD EPYC", kind="cpu", shape=(2048, 512, 32000), dtype="float32", **more
+):
+    case = dict(zip(["op", "n", "d", "v", "dtype", "device"], ["linear_policy_loss", *shape, dtype, kind], strict=True))
+    return {
+        "variant": variant,
+        "role": role,
+        "status": "ok",
+        "reason": "",
+        "note": "",
+        "device": device,
+        "device_kind": kind,
+        "case": case,
+        "median_s": median,
+        "p20_s": median * 0.9,
+        "p80_s": median * 1.1,
+        "rounds": 5,
+        "peak_bytes": 100 << 20,
+        "of_floor": 0.5,
+        "of_gemm": 0.5,
+        "flops": 600,
+        "bytes": 10,
+        "ceiling_gemm_flops_per_s": 1e12,
+        "ceiling_copy_bytes_per_s": 1e10,
+        "errors": {"d_weight": 1e-7},
+        "errors_allowed": {"d_weight": 2e-7},
+        "outputs": ["d_hidden", "d_weight", "loss"],
+        "run": "1",
+        "time": "2026-01-01T00:00:00",
+        "threads": 2,
+        "versions": {"torch": "2.13.0"},
+        "commit": {"rev": "abc", "dirty": False},
+        **more,
+    }
+
+
+CPU_ROWS = [
+    row("revisual-fast torch", 0.5, "ours", peak_bytes=20 << 20),
+    row("eager", 1.0),
+    row("torch.compile", 0.8),
+    row("TRL ChunkedLogProbFunction", 4.0, "peer"),
+    row("Liger fused linear GRPO", 0.6, "peer"),
+    row("quack chunked linear CE", 0.0, "peer", status="unavailable", reason="needs CUDA"),
+]
+
+
+def test_the_fastest_baseline_comes_first_and_a_cpu_gets_ratios_only():
+    text = report.table(CPU_ROWS)
+    lines = text.splitlines()[2:]
+    assert lines[0].startswith("| Liger fused linear GRPO | 1.00x |")
+    assert lines[1].startswith("| **revisual-fast torch** | **1.20x** |")
+    assert "unavailable: needs CUDA" in lines[-1]
+    assert " ms" not in text
+    on_gpu = report.table([row("eager", 0.0012, device="NVIDIA H200", kind="cuda")])
+    assert "1.200 ms" in on_gpu
+
+
+def test_the_newest_row_counts_and_ratios_stay_within_a_run():
+    newer = row("eager", 0.1, run="2", time="2026-02-01")
+    latest = report.newest([*CPU_ROWS, newer])
+    assert len(latest) == len(CPU_ROWS)
+    assert next(r for r in latest if r["variant"] == "eager")["median_s"] == 0.1
+    assert "other run" in report.table(latest)
+
+
+def test_targets_are_reached_missed_or_not_measured():
+    found = targets(CPU_ROWS)
+    cpu = [target for target in found if target.text.startswith("CPU") and "float32" in target.text]
+    assert [target.verdict for target in cpu] == ["reached", "reached", "reached", "missed"]
+    assert cpu[0].measured.startswith("2.00x")
+    rest = [target for target in found if target not in cpu]
+    assert len(rest) == 8
+    assert {target.measured for target in rest} == {MISSING}
+    text = report.results(CPU_ROWS, {})
+    assert text.count("| not measured |") == 8
+    assert "Nothing here has been measured on a GPU" in text
+
+
+def test_targets_on_a_hopper_card():
+    shape, here = (8192, 3584, 152064), {"device": "NVIDIA H200", "kind": "cuda", "dtype": "bfloat16"}
+    rows = [
+        row("revisual-fast triton", 1.0, "ours", shape=shape, of_gemm=0.9, ratio_error=2e-5, **here),
+        row("torch.compile", 1.1, shape=shape, **here),
+        row("cut-cross-entropy, no filter", 1.3, "peer", shape=shape, **here),
+    ]
+    verdicts = {target.text: target.verdict for target in targets(rows) if "Hopper" in target.text}
+    assert list(verdicts.values()) == ["reached", "reached", "", "missed"]
+
+
+def test_report_and_picture_are_written(tmp_path):
+    harness.append(CPU_ROWS, tmp_path / "results")
+    written = report.write(tmp_path / "results", tmp_path)
+    assert written[0].name == "RESULTS.md"
+    picture = f"docs/roofline-{machine.slug(CPU_ROWS[0]['device'])}.png"
+    assert (tmp_path / picture).stat().st_size > 10_000
+    assert f"]({picture})" in written[0].read_text()
+
+
+def test_results_without_a_measurement(tmp_path):
+    (path,) = report.write(tmp_path, tmp_path)
+    assert path.read_text().count("| not measured |") == 12
