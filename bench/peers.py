@@ -1,0 +1,178 @@
+"""The peers as variants: each from its own package, with its own defaults, on the same inputs and the same objective.
+
+One that is not installed, or does not run on this device, stays in the list with the reason. A peer that only makes
+log-probs gets the objective on top in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.counts import head_flops
+from bench.harness import Call, Case, Outputs, Variant
+from bench.inputs import CLIP, SEQUENCES, Inputs, LossOf
+from bench.plain import detached, gradients
+
+TRL_VOCAB_CHUNK = 32768  # what TRL's trainers pass
+UNTUNED = "untuned for CPUs"
+RECOMPUTES = 4  # products of the head's size: logits twice, dX, dW
+Logprob = Callable[[], tuple[Tensor, Tensor | None]]
+
+
+def _why_not(case: Case, module: str, *, cuda: bool = False, dtypes: Sequence[str] = ()) -> str:
+    """Empty if the peer can run, else the reason."""
+    if cuda and case.device != "cuda":
+        return "needs CUDA"
+    if dtypes and case.dtype not in dtypes:
+        return f"takes {' and '.join(dtypes)} only"
+    try:
+        import_module(module)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _peer(case: Case, name: str, reason: str, setup: Callable[[], Call], note: str = "", products: int = 4) -> Variant:
+    flops = head_flops(case.n, case.d, case.v, products) if case.d else None
+    return Variant(name, "peer", None if reason else setup, reason, note, flops=flops)
+
+
+def _from_logprob(x: Inputs, loss_of: LossOf, logprob: Logprob) -> Callable[[], Call]:
+    def run() -> Outputs:
+        logp, entropy = logprob()
+        loss = loss_of(logp)
+        return gradients(x, loss) | detached(loss=loss, logp=logp, entropy=entropy)
+
+    return lambda: Call(run)
+
+
+def trl_chunked(case: Case, x: Inputs, loss_of: LossOf) -> Variant:
+    module = "trl.kernels.chunked_logprob"
+
+    def logprob() -> tuple[Tensor, Tensor | None]:
+        function = import_module(module).ChunkedLogProbFunction
+        found = function.apply(*x.head[:2], None, x.targets, 1.0, TRL_VOCAB_CHUNK, None, 1.0, ("entropy",))
+        return found[0], found[1]
+
+    note = UNTUNED if case.device == "cpu" else ""
+    setup = _from_logprob(x, loss_of, logprob)
+    return _peer(case, "TRL ChunkedLogProbFunction", _why_not(case, module), setup, note, RECOMPUTES)
+
+
+def liger_scaled_ce(case: Case, x: Inputs, loss_of: LossOf) -> list[Variant]:
+    """With and without its entropy."""
+    module = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+    hopper = case.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    reason = _why_not(case, module)
+    if hopper and not reason:
+        reason = _why_not(case, "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90", dtypes=["bfloat16"])
+
+    def variant(name: str, entropy: bool) -> Variant:
+        def logprob() -> tuple[Tensor, Tensor | None]:
+            function = import_module(module).LigerFusedLinearScaledCrossEntropyFunction
+            found = function.apply(*x.head, x.targets, 1.0, -100, 1, entropy)
+            return (-found[0], found[1]) if entropy else (-found, None)
+
+        note = "SM90 kernel" if hopper else "its fallback in torch"
+        return _peer(case, name, reason, _from_logprob(x, loss_of, logprob), note, RECOMPUTES)
+
+    name = "Liger fused linear scaled CE"
+    return [variant(name, True), variant(f"{name}, no entropy", False)]
+
+
+def cut_cross_entropy(case: Case, x: Inputs, loss_of: LossOf) -> list[Variant]:
+    """With its default gradient filter, which drops blocks of small gradients, and without."""
+    module = "cut_cross_entropy"
+    reason = _why_not(case, module, cuda=True, dtypes=["bfloat16"])
+
+    def variant(name: str, **options: Any) -> Variant:
+        def logprob() -> tuple[Tensor, Tensor | None]:
+            linear_cross_entropy = import_module(module).linear_cross_entropy
+            return -linear_cross_entropy(*x.head, x.targets, reduction="none", **options), None
+
+        return _peer(case, name, reason, _from_logprob(x, loss_of, logprob), products=RECOMPUTES)
+
+    return [variant("cut-cross-entropy"), variant("cut-cross-entropy, no filter", filter_eps=None)]
+
+
+def liger_linear_grpo(case: Case, x: Inputs) -> Variant:
+    module = "liger_kernel.chunked_loss"
+
+    def setup() -> Call:
+        options: dict[str, Any] = {"beta": 0.0, "use_ref_model": False, "loss_type": "bnpo", "compiled": True}
+        function = import_module(module).LigerFusedLinearGRPOLoss(epsilon_low=CLIP, epsilon_high=CLIP, **options)
+        shape = (SEQUENCES, case.n // SEQUENCES)
+        mask = torch.ones(shape, device=case.device)
+        advantages = x.advantages.view(shape)[:, 0].contiguous()
+        old = x.old_logp.view(shape)
+
+        def run() -> Outputs:
+            hidden, weight = x.head
+            loss, _ = function(
+                hidden.view(*shape, -1), weight, x.targets.view(shape), mask, advantages, old_per_token_logps=old
+            )
+            return gradients(x, loss) | detached(loss=loss)
+
+        return Call(run)
+
+    return _peer(case, "Liger fused linear GRPO", _why_not(case, module), setup, products=RECOMPUTES)
+
+
+def liger_triton_grpo(case: Case, x: Inputs) -> Variant:
+    """Its logits have one more position a sequence, which it ignores; in place, as is its default."""
+    module = "liger_kernel.transformers.grpo_loss"
+    batch, length = SEQUENCES, case.n // SEQUENCES
+
+    def setup() -> Call:
+        assert x.logits is not None
+        given = x.logits.detach().view(batch, length, -1)
+        own = given.new_zeros(batch, length + 1, case.v).requires_grad_()
+        targets, old = x.targets.view(batch, length), x.old_logp.view(batch, length)
+        advantages = x.advantages.view(batch, length)[:, 0].contiguous()
+        options = {"temperature": 1.0, "beta": 0.0, "eps_low": CLIP, "eps_high": CLIP, "loss_type": "bnpo"}
+
+        def run() -> Outputs:
+            loss_of = import_module(module).triton_grpo_loss
+            loss, _ = loss_of(own, old, None, targets, advantages, reduce=True, **options)
+            (d_logits,) = torch.autograd.grad(loss, [own])
+            return detached(loss=loss, d_logits=d_logits[:, :-1])
+
+        return Call(run, lambda: own.detach()[:, :-1].copy_(given))
+
+    return _peer(case, "Liger Triton GRPO", _why_not(case, module, cuda=True), setup)
+
+
+def liger_linear_ce(case: Case, x: Inputs) -> Variant:
+    module = "liger_kernel.transformers.fused_linear_cross_entropy"
+
+    def setup() -> Call:
+        function = import_module(module).LigerFusedLinearCrossEntropyLoss()
+
+        def run() -> Outputs:
+            hidden, weight = x.head
+            loss = function(weight, hidden, x.targets)
+            return gradients(x, loss) | detached(loss=loss)
+
+        return Call(run)
+
+    return _peer(case, "Liger fused linear CE", _why_not(case, module, cuda=True), setup, products=3)
+
+
+def quack_linear_ce(case: Case, x: Inputs) -> Variant:
+    """Mean or sum over the rows only: it has no place for another objective."""
+    module = "quack.linear_cross_entropy"
+
+    def setup() -> Call:
+        def run() -> Outputs:
+            loss = import_module(module).chunked_linear_cross_entropy(*x.head, x.targets, reduction="mean")
+            return gradients(x, loss) | detached(loss=loss)
+
+        return Call(run)
+
+    reason = _why_not(case, module, cuda=True, dtypes=["bfloat16"])
+    return _peer(case, "quack chunked linear CE", reason, setup, products=3)

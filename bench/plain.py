@@ -1,0 +1,81 @@
+"""Plain torch: what everybody has without another package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from bench.harness import Call, Case, Outputs, Variant
+from bench.inputs import Inputs, LossOf
+
+
+def detached(**outputs: Tensor | None) -> Outputs:
+    return {name: tensor.detach() for name, tensor in outputs.items() if tensor is not None}
+
+
+def selected(log_p: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """logp ``[N]``, and the entropy ``[N]`` as the trainers log it: without gradient. Both fp32 at least."""
+    logp = log_p.gather(1, targets[:, None])[:, 0]
+    logp = logp if logp.dtype == torch.float64 else logp.float()
+    if not entropy:
+        return logp, None
+    with torch.no_grad():
+        return logp, log_p.exp().mul_(log_p).sum(-1, dtype=logp.dtype).neg_()
+
+
+def _plain_forward(z: Tensor, x: Inputs, loss_of: LossOf, upcast: bool, entropy: bool) -> tuple[Tensor, ...]:
+    z = z.float() if upcast else z
+    if x.kept is not None:
+        z = z.masked_fill(torch.ones_like(z, dtype=torch.bool).scatter_(1, x.kept, False), -torch.inf)
+    logp, entropies = selected(log_softmax(z, dim=-1), x.targets, entropy)
+    return loss_of(logp), logp, *([] if entropies is None else [entropies])
+
+
+def plain_call(x: Inputs, loss_of: LossOf, upcast: bool, entropy: bool, compiled: bool) -> Callable[[], Call]:
+    """Full logits and autograd."""
+
+    def forward(x: Inputs) -> tuple[Tensor, ...]:
+        if x.logits is not None:
+            return _plain_forward(x.logits, x, loss_of, upcast, entropy)
+        hidden, weight = x.head
+        return _plain_forward(hidden @ weight.t(), x, loss_of, upcast, entropy)
+
+    def setup() -> Call:
+        function: Any = torch.compile(forward, dynamic=False) if compiled else forward
+
+        def run() -> Outputs:
+            loss, logp, *entropies = function(x)
+            return gradients(x, loss) | detached(loss=loss, logp=logp, entropy=entropies[0] if entropies else None)
+
+        return Call(run)
+
+    return setup
+
+
+def gradients(x: Inputs, loss: Tensor) -> Outputs:
+    """One backward pass."""
+    if x.logits is not None:
+        return dict(zip(["d_logits"], torch.autograd.grad(loss, [x.logits]), strict=True))
+    return dict(zip(["d_hidden", "d_weight"], torch.autograd.grad(loss, x.head), strict=True))
+
+
+def plain(case: Case, x: Inputs, loss_of: LossOf, entropy: bool = True) -> list[Variant]:
+    """Eager with and without entropy, for bf16 also without the customary cast of the logits to fp32, and compiled."""
+
+    def variant(name: str, upcast: bool, entropy: bool, compiled: bool = False, yardstick: str = "eager") -> Variant:
+        return Variant(name, "plain", plain_call(x, loss_of, upcast, entropy, compiled), yardstick=yardstick)
+
+    low = case.dtype == "bfloat16"
+    out = [variant("eager", low, entropy)]
+    if entropy:
+        out.append(variant("eager, no entropy", low, False))
+    if low:
+        name = "eager, bf16 softmax"
+        out.append(variant(name, False, entropy, yardstick=name))
+        if entropy:
+            out.append(variant(f"{name}, no entropy", False, False, yardstick=f"{name}, no entropy"))
+    return [*out, variant("torch.compile", low, entropy, compiled=True)]

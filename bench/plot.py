@@ -1,0 +1,121 @@
+"""A roofline picture of one device: how near every variant comes to what the measured ceilings allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+INK, GRID = "#2b2b2b", "#dddddd"
+COLOURS = {"ours": "#d1495b", "plain": "#8d99ae", "peer": "#30638e"}
+LABELS = {"ours": "revisual-fast", "plain": "plain torch", "peer": "other packages"}
+MARKERS = {"ours": "o", "plain": "s", "peer": "^"}
+SMALL = ("group_advantages", "pad_selection", "gather_rows")  # too short for a share of the roof to mean anything
+BAR_INCHES, ROOF_INCHES = 0.23, 3.4
+XLABEL = "share of the roof: the time that the measured GEMM rate and copy bandwidth allow, over the median time"
+
+
+def roofline(cases: Mapping[str, Sequence[Row]], path: Path) -> bool:
+    """Above, the roofline of the cases with matrix products, by number; below, each timed variant's share of its roof.
+
+    False, and no file, if nothing was timed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    timed = _timed(cases)
+    if not timed:
+        return False
+    heights = [len(rows) * BAR_INCHES + 0.45 for rows in timed.values()]
+    figure, axes = plt.subplots(
+        len(timed) + 1,
+        1,
+        figsize=(9.5, ROOF_INCHES + sum(heights) + 0.5),
+        layout="constrained",
+        gridspec_kw={"height_ratios": [ROOF_INCHES, *heights]},
+    )
+    _roof(axes[0], timed)
+    for number, (axis, (name, rows)) in enumerate(zip(axes[1:], timed.items(), strict=True), 1):
+        _bars(axis, f"{number}  {name}", rows)
+    axes[-1].set_xlabel(XLABEL, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _timed(cases: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+    out = {}
+    for name, rows in cases.items():
+        timed = [row for row in rows if row["status"] == "ok" and row["case"]["op"] not in SMALL]
+        if timed:
+            out[name] = sorted(timed, key=lambda row: -row["of_floor"])
+    return out
+
+
+def ridge(row: Row) -> float | None:
+    """FLOPs a byte from which on the measured GEMM rate is the limit; None where no products are counted."""
+    if not row["ceiling_gemm_flops_per_s"] or not row["flops"]:
+        return None
+    return row["ceiling_gemm_flops_per_s"] / row["ceiling_copy_bytes_per_s"]
+
+
+def _roof(axis: Any, timed: Mapping[str, Sequence[Row]]) -> None:
+    low = 0.1
+    for number, rows in enumerate(timed.values(), 1):
+        for row in rows:
+            limit = ridge(row)
+            if limit is not None:
+                x = row["flops"] / row["bytes"] / limit
+                low = min(low, x / 3, row["of_gemm"] / 3)
+                role = row["role"]
+                axis.plot(x, row["of_gemm"], MARKERS[role], color=COLOURS[role], markersize=5, alpha=0.85)
+        if limit is not None:
+            axis.annotate(str(number), (x, 1.5), fontsize=8, color=INK, ha="center", va="bottom")
+    high = 300.0
+    axis.plot([low, 1, high], [low, 1, 1], color=INK, linewidth=1)
+    axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, 5))
+    axis.set_xlabel("FLOPs a byte, ridge = 1", fontsize=8)
+    axis.set_ylabel("FLOP/s, measured GEMM rate = 1", fontsize=8)
+    axis.set_yticks([y for y in (0.001, 0.01, 0.1, 1.0) if y >= low])
+    axis.grid(color=GRID, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    for role in COLOURS:
+        axis.plot([], [], MARKERS[role], color=COLOURS[role], label=LABELS[role])
+    axis.legend(loc="lower right", frameon=False, fontsize=8)
+    row = next(iter(timed.values()))[0]
+    axis.set_title(f"{row['device']}, host threads: {row['threads']}", fontsize=10, loc="left", color=INK)
+
+
+def _bars(axis: Any, name: str, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    for y, row in enumerate(rows):
+        share, colour = row["of_floor"], COLOURS[row["role"]]
+        axis.hlines(y, 0, share, color=colour, linewidth=2)
+        axis.plot(share, y, MARKERS[row["role"]], color=colour, markersize=5)
+        label = {"textcoords": "offset points", "va": "center", "fontsize": 7, "color": INK}
+        axis.annotate(f"{share:.0%}", (share, y), (6, 0), **label)
+    axis.axvline(1, color=INK, linewidth=1)
+    axis.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize=7)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlim(0, max(1.08, 1.12 * max(row["of_floor"] for row in rows)))
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.tick_params(axis="x", labelsize=7)
+    axis.grid(axis="x", color=GRID, linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{name}: {bound(rows[0])}", fontsize=8, loc="left", color=INK)
+
+
+def bound(row: Row) -> str:
+    """What limits the case on this device, from the counted FLOPs and bytes and the measured ceilings."""
+    limit = ridge(row)
+    if limit is None:
+        return "bound by memory"
+    intensity = row["flops"] / row["bytes"]
+    side = "the matrix units" if intensity >= limit else "memory"
+    return f"bound by {side}, {intensity:,.0f} FLOPs a byte against a ridge of {limit:,.0f}"
