@@ -5,9 +5,8 @@ are at hand: GEMM, statistics, ``c`` and ``e``, gradient in place, dX GEMM, dW G
 head, 2 without gradient. A part that does not fit in a chunk has its logits computed twice: 8 N D V. The GEMMs are the
 library's on every backend; what happens to a chunk's rows between them is the backend's.
 
-fp32 logits of bf16 or fp16 operands come from the GEMM itself on CUDA; elsewhere its operands are cast, the weight once
-a call (4 V D bytes for its duration). The gradient GEMMs multiply operands of hidden's dtype. dW is accumulated in fp32
-across chunks.
+fp32 logits of bf16 or fp16 operands come from the GEMM itself on CUDA; elsewhere its operands are cast, block by block.
+The gradient GEMMs multiply operands of hidden's dtype. dW is accumulated in fp32 across chunks.
 """
 
 from __future__ import annotations
@@ -22,6 +21,9 @@ from revisual_fast.kernels import reference
 from revisual_fast.kernels.plan import SAVED_BYTES, Chunk, Part, Plan, backward, policy_pass, rows_per_chunk, slices
 from revisual_fast.kernels.reference import Transform
 
+BLOCK_BYTES = 4 << 20
+"""Of the weight or its gradient in fp32, what a CPU converts or adds up at a time: it stays in the cache."""
+
 Rows = slice | Tensor
 
 
@@ -29,8 +31,18 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) 
     """``a @ b`` with a result of ``dtype``, accumulated in at least that precision."""
     if a.dtype == b.dtype == dtype:
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
-    assert a.is_cuda, "elsewhere the operands have been cast, once"
-    return torch.mm(a, b, out_dtype=dtype) if out is None else torch.mm(a, b, out_dtype=dtype, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype) if out is None else torch.mm(a, b, out_dtype=dtype, out=out)
+    out = a.new_empty((len(a), b.shape[1]), dtype=dtype) if out is None else out
+    wide = a.to(dtype)
+    for columns, part in zip(b.split(_block(b), dim=1), out.split(_block(b), dim=1), strict=True):
+        torch.mm(wide, columns.to(dtype), out=part)  # a copy of all of b would be as large as an fp32 weight
+    return out
+
+
+def _block(b: Tensor) -> int:
+    """Columns of ``b [D, V]`` that a CPU has in its cache, in fp32."""
+    return max(1, BLOCK_BYTES // (b.shape[0] * 4))
 
 
 class Head:
@@ -51,20 +63,16 @@ class Head:
         self.weight = weight.to(hidden.dtype)
         self.stats = torch.promote_types(hidden.dtype, torch.float32)
         self.logits_dtype = torch.promote_types(logits_dtype, hidden.dtype)
-        native = hidden.is_cuda or self.logits_dtype == hidden.dtype
-        self.operand = hidden.dtype if native else self.logits_dtype  # what the first GEMM multiplies
-        self._wide = None if saved is not None else self.weight.to(self.operand)
         self.bias = None if bias is None else bias.to(self.stats)
         self.n_rows, self.device, self.backend = len(hidden), hidden.device, backend
-        self.size = rows_per_chunk(len(weight), self.stats, hidden.device)
-        self._buffers: dict[str, Tensor] = {}
+        self.size = rows_per_chunk(len(weight), hidden.dtype, hidden.device)
+        self.buffers: dict[str, Tensor] = {}
 
     def logits(self, rows: Rows, out: Tensor | None = None) -> Tensor:
         """Raw logits ``[n, V]`` without bias, of ``logits_dtype``: 2 n D V."""
-        assert self._wide is not None
-        hidden = self.hidden[rows].to(self.operand)
+        hidden = self.hidden[rows]
         out = self._buffer("logits", len(hidden), self.logits_dtype) if out is None else out
-        return matmul(hidden, self._wide.t(), self.logits_dtype, out)
+        return matmul(hidden, self.weight.t(), self.logits_dtype, out)
 
     def chunk(self, rows: Rows) -> Chunk:
         z = self.logits(rows) if self.saved is None else self.saved[rows]
@@ -90,7 +98,15 @@ class Head:
         if not owned or z.dtype != self.stats:
             wide = self._buffer("statistics", len(z), self.stats)
             z = z.to(self.stats, copy=True) if wide is None else wide.copy_(z)
-        return reference.TorchChunk(z, *self._of(rows), p=self._buffer("p", len(z), self.stats))
+        return reference.TorchChunk(z, *self._of(rows))
+
+    def narrow(self, dz: Tensor) -> Tensor:
+        """The gradient ``[k, V]`` of a chunk's logits in hidden's dtype."""
+        if dz.dtype == self.hidden.dtype:
+            return dz
+        name = "logits" if self.logits_dtype == self.hidden.dtype else "gradient"  # the logits are not needed any more
+        out = self._buffer(name, len(dz), self.hidden.dtype)
+        return dz.to(self.hidden.dtype) if out is None else out.copy_(dz)
 
     def _triton_out(self, z: Tensor, owned: bool) -> dict[str, Any]:
         """Where the gradient goes: over the logits, if they are ours and as wide, or to a new tensor."""
@@ -103,9 +119,9 @@ class Head:
         """``[n, V]`` used again by every chunk. None on CUDA: the allocator does it there, and two chunks are alive."""
         if self.hidden.is_cuda:
             return None
-        if name not in self._buffers:
-            self._buffers[name] = self.hidden.new_empty((min(self.size, self.n_rows), len(self.weight)), dtype=dtype)
-        return self._buffers[name][:n]
+        if name not in self.buffers:
+            self.buffers[name] = self.hidden.new_empty((min(self.size, self.n_rows), len(self.weight)), dtype=dtype)
+        return self.buffers[name][:n]
 
 
 class HeadGradient:
@@ -119,7 +135,7 @@ class HeadGradient:
         self.bias = zeros(len(head.weight), dtype=head.stats) if needs[2] else None
 
     def add(self, rows: Rows, chunk: Chunk, c: Tensor, e: Tensor | None, index: Tensor | None) -> None:
-        dz, hidden = chunk.gradient(c, e, index).to(self.head.hidden.dtype), self.head.hidden
+        dz, hidden = self.head.narrow(chunk.gradient(c, e, index)), self.head.hidden
         if index is not None:
             rows = index + rows.start if isinstance(rows, slice) else rows[index]
         if self.bias is not None:
@@ -130,20 +146,22 @@ class HeadGradient:
             _accumulate(self.weight, dz.t(), hidden[rows])
 
     def results(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dX, dW, db), each in the dtype of what it is the gradient of."""
+        """(dX, dW, db), each in the dtype of what it is the gradient of. The chunks' buffers are given back first."""
+        self.head.buffers.clear()
         d_weight = None if self.weight is None else self.weight.to(weight.dtype)
         d_bias = None if self.bias is None or bias is None else self.bias.to(bias.dtype)
         return self.hidden, d_weight, d_bias
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in total's dtype; a CPU's low-precision GEMM rounds each chunk's product first."""
+    """``total += a @ b`` in total's dtype. A CPU's low-precision GEMM rounds the product first, block by block."""
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, out=total)
     elif a.is_cuda:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
     else:
-        total.add_(torch.mm(a, b))
+        for part, rows in zip(total.split(_block(total.t())), a.split(_block(total.t())), strict=True):
+            part.add_(torch.mm(rows, b))
 
 
 def policy_loss(

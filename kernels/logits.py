@@ -27,7 +27,7 @@ class Logits:
         self.logits, self.targets, self.transform, self.gradient = logits, targets, transform, gradient
         self.n_rows, self.device, self.backend = len(logits), logits.device, backend
         self.stats = torch.promote_types(logits.dtype, torch.float32)
-        chunk = rows_per_chunk(logits.shape[1], self.stats, logits.device)
+        chunk = rows_per_chunk(logits.shape[1], logits.dtype, logits.device)
         self.size = max(self.n_rows, 1) if backend == "triton" else chunk
 
     def chunk(self, rows: slice | Tensor) -> Chunk:

@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 2 << 30}
-"""Size of one chunk's fp32 logits by device type; up to three such buffers are alive at a time."""
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
+"""Size by device type of a chunk's logits and their gradient; on CUDA two chunks are alive at a time."""
 
 SAVED_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 """Up to this size ``linear_logprob`` keeps the logits for its backward pass; beyond it they are computed again."""
@@ -99,8 +99,10 @@ def slices(n_rows: int, size: int) -> list[slice]:
 
 
 def rows_per_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of logits that fit in ``CHUNK_BYTES``, at least one."""
-    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (vocab * dtype.itemsize))
+    """Rows that fit in ``CHUNK_BYTES``, at least one: fp32 or fp64 logits, and a gradient of a narrower ``dtype``."""
+    stats = torch.promote_types(dtype, torch.float32)
+    bytes_a_row = vocab * (stats.itemsize + (0 if dtype == stats else dtype.itemsize))
+    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // bytes_a_row)
 
 
 class Chunk(Protocol):

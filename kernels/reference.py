@@ -7,7 +7,6 @@ fp32 (fp64 for fp64 inputs). All passes over the logits go block by block, in si
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,10 @@ from revisual_fast.kernels.plan import Part, Plan
 LOWEST = -1e30
 """Stands for minus infinity, so that ``p log p`` is 0 and not nan."""
 
-BLOCK_BYTES = {"cpu": 8 << 20}
+TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
+"""The least probability that has a logarithm here."""
+
+BLOCK_BYTES = {"cpu": 4 << 20}
 """Logits that one pass after the other goes over before the next block's turn; no blocks on other devices."""
 
 
@@ -32,9 +34,20 @@ class Transform:
     def rows(self, rows: slice | Tensor) -> Transform:
         return Transform(None if self.temperature is None else self.temperature[rows], self.softcap)
 
+    def slope(self, z: Tensor) -> Tensor:
+        """d(softcapped logit) / d(raw logit) of transformed logits ``[n, ...]``, which are overwritten."""
+        assert self.softcap is not None
+        if self.temperature is not None:
+            z.mul_(self.temperature[:, None])
+        return z.div_(self.softcap).square_().neg_().add_(1)
+
 
 class TorchChunk:
-    """Logits ``[n, V]`` of the statistics' dtype, which this object overwrites."""
+    """Logits ``[n, V]`` of the statistics' dtype, which become the probabilities and then the gradient in their place.
+
+    What the gradient needs of the logits is taken back from the probabilities: where one underflows, so does its row's
+    entry of the gradient, but for the target's, of which the log-prob is kept.
+    """
 
     def __init__(
         self,
@@ -42,62 +55,52 @@ class TorchChunk:
         targets: Tensor,  # [n] int64
         transform: Transform,
         bias: Tensor | None = None,  # [V]
-        p: Tensor | None = None,  # [n, V] to write the probabilities to
     ) -> None:
-        self.targets, self.transform = targets[:, None], transform
-        self.z, self.p = z, torch.empty_like(z) if p is None else p
-        self.top, self.log_total, entropy = (z.new_empty(len(z), 1) for _ in range(3))
+        self.p, self.targets, self.transform = z, targets[:, None], transform
+        self.logp, self.entropy, self.lse = (z.new_empty(len(z)) for _ in range(3))
+        scratch: Tensor | None = None
         for at in _blocks(z):
-            scaled = None if transform.temperature is None else transform.temperature[at, None]
-            self._normalise(at, z[at] if bias is None else z[at].add_(bias), scaled, entropy)
-        self.logp = (z.gather(1, self.targets) - self.log_total)[:, 0]
-        self.entropy = entropy[:, 0]
+            if bias is not None:
+                z[at].add_(bias)
+            scratch = torch.empty_like(z[at]) if scratch is None else scratch
+            self._normalise(at, scratch)
 
-    def _normalise(self, at: slice, z: Tensor, temperature: Tensor | None, entropy: Tensor) -> None:
-        """Softmax of a block; its logits become ``z - max``."""
-        if self.transform.softcap is not None:
-            z.div_(self.transform.softcap).tanh_().mul_(self.transform.softcap)
-        if temperature is not None:
-            z.div_(temperature)
-        self.top[at] = z.amax(dim=1, keepdim=True)
-        z.sub_(self.top[at]).clamp_(min=LOWEST)
-        p = torch.softmax(z, dim=1, out=self.p[at])
-        self.log_total[at] = p.amax(dim=1, keepdim=True).log_().neg_()  # the largest is exp(0) / total
-        entropy[at] = self.log_total[at] - torch.linalg.vecdot(p, z, dim=1)[:, None]
+    def _normalise(self, at: slice, scratch: Tensor) -> None:
+        """Statistics and probabilities of a block; ``scratch`` is as large as any."""
+        z, transform = self.p[at], self.transform.rows(at)
+        if transform.softcap is not None:
+            z.div_(transform.softcap).tanh_().mul_(transform.softcap)
+        if transform.temperature is not None:
+            z.div_(transform.temperature[:, None])
+        top = z.amax(dim=1)
+        z.sub_(top[:, None]).clamp_(min=LOWEST)
+        p = torch.softmax(z, dim=1, out=scratch[: len(z)])
+        log_total = p.amax(dim=1).log_().neg_()  # the largest is exp(0) / total
+        self.logp[at] = z.gather(1, self.targets[at])[:, 0] - log_total
+        self.entropy[at] = log_total - z.mul_(p).sum(dim=1)
+        self.lse[at] = top + log_total
+        z.copy_(p)
 
     def gradient(self, c: Tensor, e: Tensor | None, index: Tensor | None = None) -> Tensor:
         """See :class:`plan.Chunk`."""
         rows = slice(None) if index is None else index
-        c, t = c[rows, None], self.transform.rows(rows).temperature
+        p, transform, targets, logp = self.p[rows], self.transform.rows(rows), self.targets[rows], self.logp[rows, None]
+        entropy, lse, c = self.entropy[rows, None], self.lse[rows, None], c[rows, None]
         e = None if e is None else e[rows, None]
-        if t is not None:
-            c, e = c / t[:, None], None if e is None else e / t[:, None]
-        p, target = self.p[rows], self.targets[rows]
-        z = p if e is None and self.transform.softcap is None else self.z[rows]
-        slopes = self._slopes(z, rows, t)
-        if e is not None:
-            shift = e * (self.log_total[rows] - self.entropy[rows, None]) - c
+        if transform.temperature is not None:
+            c, e = c / transform.temperature[:, None], None if e is None else e / transform.temperature[:, None]
+        p_target = logp.exp()
+        d_target = c - p_target * (c if e is None else c + e * (logp + entropy))
+        if transform.softcap is not None:
+            d_target.mul_(transform.slope(logp + lse))
         for at in _blocks(p):
-            slope = slopes(at)
-            block = p[at].mul_(-c[at] if e is None else z[at].mul_(-e[at]).add_(shift[at]))
-            block.scatter_(1, target[at], block.gather(1, target[at]) + c[at])
-            if slope is not None:
-                block.mul_(slope)
+            block = p[at]
+            log_p = None if e is None and transform.softcap is None else block.clamp(min=TINY[p.dtype]).log_()
+            block.mul_(-c[at] if e is None or log_p is None else (log_p + entropy[at]).mul_(-e[at]).sub_(c[at]))
+            if transform.softcap is not None and log_p is not None:
+                block.mul_(transform.rows(at).slope(log_p.add_(lse[at])))
+            block.scatter_(1, targets[at], d_target[at])
         return p
-
-    def _slopes(self, z: Tensor, rows: slice | Tensor, temperature: Tensor | None) -> Callable[[slice], Tensor | None]:
-        """For a block: d(softcapped logit) / d(raw logit), or None without softcap."""
-        cap, top = self.transform.softcap, self.top[rows]
-
-        def slope(at: slice) -> Tensor | None:
-            if cap is None:
-                return None
-            capped = z[at] + top[at]
-            if temperature is not None:
-                capped.mul_(temperature[at, None])
-            return capped.div_(cap).square_().neg_().add_(1)
-
-        return slope
 
 
 def _blocks(z: Tensor) -> list[slice]:

@@ -224,7 +224,7 @@ def test_ops_against_the_torch_backend(
     preset: str, fields: dict[str, Any], dtype: torch.dtype, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk is not None:
-        monkeypatch.setitem(plan.CHUNK_BYTES, DEVICE, chunk * 19 * 4)
+        monkeypatch.setitem(plan.CHUNK_BYTES, DEVICE, chunk * 19 * (4 if dtype == torch.float32 else 6))
     x = make(dtype=dtype)
     tokens, o = (
         make_tokens(x, advantages=torch.tensor([1.0, 1.0, -2.0, 0.0, 0.5])),
