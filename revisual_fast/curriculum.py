@@ -18,6 +18,7 @@ from revisual_fast.doctor import device_name
 from revisual_fast.evaluate import evaluate
 from revisual_fast.ops import OPS, resolve_backend
 from revisual_fast.policy.init import build
+from revisual_fast.policy.liger import use_liger
 from revisual_fast.policy.load import check_model_path, export_model, load_policy, pick_device, quiet_transformers
 from revisual_fast.policy.model import Policy
 from revisual_fast.rollout.hf import HFEngine
@@ -166,6 +167,8 @@ class Curriculum:
         lines += [f"bad records ({reason}): {count}" for reason, count in self.bad_records.counts.items()]
         lines.append(f"curriculum: {' -> '.join(self.config.curriculum)}")
         lines.append(f"backends: {', '.join(f'{op} {resolve_backend(op)}' for op in OPS)}, attention sdpa")
+        liger, why = use_liger(self.config.model.liger_kernels, pick_device(self.config.model.device))
+        lines.append(f"liger kernels: {'on' if liger else 'off'} ({why})")
         for name in self.config.curriculum:
             stage = self.config.stages[name]
             if isinstance(stage, GRPOConfig):

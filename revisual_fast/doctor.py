@@ -24,7 +24,7 @@ __all__ = ["Check", "device_name", "doctor_lines", "examine", "run_doctor", "ver
 Status = Literal["ok", "absent", "problem"]
 
 OPTIONAL = {  # distribution -> what it is for
-    "triton": "for Triton kernels, of which this version has none yet",
+    "triton": "the fused ops' Triton kernels on a GPU",
     "liger-kernel": "RMSNorm, SwiGLU and RoPE kernels on a GPU",
     "scikit-learn": "the quickstart's handwritten digits",
     "datasets": "records from a `datasets` id",

@@ -15,7 +15,8 @@ completion continue at ``max(prompt positions) + 1``, which is the M-RoPE rule a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 from typing import Literal, Protocol
 
 import torch
@@ -68,7 +69,7 @@ class PackedBatch:
     positions: Tensor  # [4, 1, T] int64: text row, then temporal, height, width
     rows: Tensor  # [N] int64: the row of the hidden states that predicts target n
     targets: Tensor  # [N] int64
-    cu_seqlens: Tensor  # [S + 1] int32: completion s owns the targets cu_seqlens[s] .. cu_seqlens[s + 1]
+    cu_seqlens: Tensor  # [S + 1] int32, on the CPU: completion s owns the targets cu_seqlens[s] .. cu_seqlens[s + 1]
     segments: Segments
     image_rows: Tensor  # [M] int64: rows that take an image feature
     image_index: Tensor  # [M] int64: which feature, counted over the distinct images
@@ -76,8 +77,10 @@ class PackedBatch:
     grids: Tensor  # [distinct images, 3] int64
 
     def to(self, device: torch.device) -> PackedBatch:
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return PackedBatch(**{**vars(self), **moved})
+        """Everything but ``cu_seqlens``, of which the loss needs host integers to put whole sequences into chunks."""
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "cu_seqlens"}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
+        return replace(self, **moved)
 
 
 def pack_groups(

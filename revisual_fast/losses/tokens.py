@@ -34,10 +34,10 @@ class TokenBatch:
         cu, sequences = self.cu_seqlens, None
         if cu is not None:
             _check_cu_seqlens(cu, n_rows)
-            cu, sequences = cu.to(device), (len(cu) - 1,)
+            cu, sequences = cu.to(device, non_blocking=True), (len(cu) - 1,)
         out: dict[str, Tensor] = {}
         for name in self._row_fields():
-            value = getattr(self, name).detach().to(device=device, dtype=dtype)
+            value = getattr(self, name).detach().to(device=device, dtype=dtype, non_blocking=device.type == "cuda")
             if name == "advantages" and cu is not None and value.shape == sequences:
                 value = value[segment_ids(cu, n_rows)]
             if value.shape != (n_rows,):
@@ -134,7 +134,7 @@ def aggregation_weights(
         raise ValueError(f"aggregation={aggregation!r} counts sequences: pass tokens.cu_seqlens, or tokens.weight")
     n_sequences = max(len(cu_seqlens) - 1, 1)
     if aggregation == "sequence_mean":
-        cu_seqlens = cu_seqlens.to(device)
+        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
         return (1 / (n_sequences * cu_seqlens.diff().to(dtype)))[segment_ids(cu_seqlens, n_rows)]
     if aggregation == "sequence_sum":
         return torch.full((n_rows,), 1 / n_sequences, dtype=dtype, device=device)

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [p for p in [*ROOT.glob("revisual_fast/**/*.py"), *ROOT.glob("kernels/*.py")] if p.is_file()]
-ORDER = ["kernels", "ops", "policy", "stages", "curriculum", "cli"]
+ORDER = ["kernels", "library", "ops", "policy", "stages", "curriculum", "cli"]
 LEAVES = {"config", "packing", "losses", "advantages"}
 HEAVY = {"transformers": {"policy", "data", "rollout/hf.py"}, "vllm": {"rollout/vllm.py"}}
 
