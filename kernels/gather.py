@@ -59,7 +59,9 @@ def gather_rows_backward(
 
         return sum_rows(d_out, rows, n_rows)
     total = d_out.new_zeros((n_rows, d_out.shape[1]), dtype=torch.promote_types(d_out.dtype, torch.float32))
-    return total.index_put_((rows,), d_out.to(total.dtype), accumulate=True).to(d_out.dtype)  # in order, CUDA included
+    if total.is_cuda:  # index_add_ is atomic there, index_put_ sorts
+        return total.index_put_((rows,), d_out.to(total.dtype), accumulate=True).to(d_out.dtype)
+    return total.index_add_(0, rows, d_out.to(total.dtype)).to(d_out.dtype)
 
 
 class GatherRows(torch.autograd.Function):
