@@ -5,7 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from revisual_fast.losses import Objective, TokenBatch
-from revisual_fast.ops import PolicyLoss, SamplingMask, linear_logprob, linear_policy_loss, policy_loss_from_logits
+from revisual_fast.ops import (
+    PolicyLoss,
+    SamplingMask,
+    check_objective,
+    linear_logprob,
+    linear_policy_loss,
+    policy_loss_from_logits,
+)
 
 __all__ = ["LinearLogprob", "LinearPolicyLoss", "PolicyLossFromLogits"]
 
@@ -13,12 +20,13 @@ __all__ = ["LinearLogprob", "LinearPolicyLoss", "PolicyLossFromLogits"]
 class _Settings(nn.Module):
     """Keyword settings of an op, shown in the module's ``repr``; they have no parameters."""
 
-    def __init__(self, **settings: object) -> None:
+    def __init__(self, objective: Objective | None = None, **settings: object) -> None:
         super().__init__()
-        self.settings = settings
+        self.objective, self.settings = objective, settings
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        settings = [f"{name}={value!r}" for name, value in self.settings.items()]
+        return ", ".join(settings if self.objective is None else [repr(self.objective), *settings])
 
 
 class LinearLogprob(_Settings):
@@ -27,7 +35,7 @@ class LinearLogprob(_Settings):
     def __init__(
         self,
         *,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         softcap: float | None = None,
         logits_dtype: str = "float32",
         backend: str = "auto",
@@ -54,20 +62,20 @@ class LinearPolicyLoss(_Settings):
         self,
         objective: Objective,
         *,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         softcap: float | None = None,
         logits_dtype: str = "float32",
         skip_inactive: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__(
+            check_objective(objective),
             temperature=temperature,
             softcap=softcap,
             logits_dtype=logits_dtype,
             skip_inactive=skip_inactive,
             backend=backend,
         )
-        self.objective = objective
 
     def forward(
         self,
@@ -91,13 +99,13 @@ class PolicyLossFromLogits(_Settings):
         self,
         objective: Objective,
         *,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         softcap: float | None = None,
         inplace: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(temperature=temperature, softcap=softcap, inplace=inplace, backend=backend)
-        self.objective = objective
+        settings = {"temperature": temperature, "softcap": softcap, "inplace": inplace, "backend": backend}
+        super().__init__(check_objective(objective), **settings)
 
     def forward(
         self,

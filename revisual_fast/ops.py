@@ -96,7 +96,7 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,  # or [N]
     softcap: float | None = None,
     sampling_mask: SamplingMask | None = None,  # ([N+1], [nnz])
-    logits_dtype: str = "float32",
+    logits_dtype: str | torch.dtype = "float32",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each row, ``[N]`` fp32 each (fp64 for fp64 inputs), in nats.
@@ -111,8 +111,8 @@ def linear_logprob(
     sync. Raises ValueError for shapes or dtypes that do not fit.
     """
     backend = resolve_backend("linear_logprob", backend, hidden)
-    _check_head(hidden, weight, targets, bias, logits_dtype)
-    tensors = (hidden, weight, bias, targets, _temperature(temperature, hidden), *(sampling_mask or (None, None)))
+    logits_dtype = _check_head(hidden, weight, targets, bias, logits_dtype)
+    tensors = (hidden, weight, bias, targets, _temperature(temperature, hidden), *_mask(sampling_mask))
     return _LinearLogprob.apply(*tensors, _softcap(softcap), logits_dtype, backend, any(_needs(hidden, weight, bias)))
 
 
@@ -127,7 +127,7 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,  # or [N]
     softcap: float | None = None,
     sampling_mask: SamplingMask | None = None,  # ([N+1], [nnz])
-    logits_dtype: str = "float32",
+    logits_dtype: str | torch.dtype = "float32",
     skip_inactive: bool = True,
     backend: str = "auto",
 ) -> PolicyLoss:
@@ -142,7 +142,8 @@ def linear_policy_loss(
     Arguments as for :func:`linear_logprob`. Raises ValueError also where ``tokens`` lacks what the objective needs.
     """
     backend = resolve_backend("linear_policy_loss", backend, hidden)
-    _check_head(hidden, weight, targets, bias, logits_dtype)
+    logits_dtype = _check_head(hidden, weight, targets, bias, logits_dtype)
+    _check_tokens(tokens)
     _check_objective(objective, sampling_mask)
     inputs = (hidden, weight, bias)
     if torch.compiler.is_compiling() and not _key(objective):
@@ -154,7 +155,7 @@ def linear_policy_loss(
         targets,
         _temperature(temperature, hidden),
         _softcap(softcap),
-        *(sampling_mask or (None, None)),
+        *_mask(sampling_mask),
         _fields(tokens),
         _key(objective) if torch.compiler.is_compiling() else objective,
         logits_dtype,
@@ -182,17 +183,18 @@ def policy_loss_from_logits(
 
     ``inplace=True`` overwrites the buffer of ``logits`` with its gradient (if there is one to compute), so that no
     second ``[N, V]`` is needed: the logits are gone after the call, and one backward pass is allowed. Whatever made the
-    logits must not need its output for its own backward pass: a linear layer does not. Otherwise as
-    :func:`linear_policy_loss`.
+    logits must not need its output for its own backward pass: a linear layer does not. Nobody may read them afterwards:
+    what does gets gradients for logits, and nothing can detect it. Otherwise as :func:`linear_policy_loss`.
     """
     backend = resolve_backend("policy_loss_from_logits", backend, logits)
     if logits.ndim != 2:
         raise ValueError(f"logits must be [N, V]; got {list(logits.shape)}: flatten the batch, keep rows with a target")
     _check_dtype("logits", logits)
     _check_targets(targets, logits, logits.shape[1])
+    _check_tokens(tokens)
     _check_objective(objective, sampling_mask)
     (needed, *_), rows = _needs(logits), logits.detach()
-    transform = (_temperature(temperature, logits), _softcap(softcap), *(sampling_mask or (None, None)))
+    transform = (_temperature(temperature, logits), _softcap(softcap), *_mask(sampling_mask))
     if torch.compiler.is_compiling() and not _key(objective):
         raise ValueError("under torch.compile the objective of policy_loss_from_logits must be a built-in one")
     goal = _key(objective) if torch.compiler.is_compiling() else objective
@@ -272,6 +274,16 @@ def _traced(objective: Objective, tokens: TokenBatch, logp: Tensor, entropy: Ten
     return PolicyLoss(loss, logp, entropy, policy_metrics(objective, logp, entropy, tokens))
 
 
+def _mask(sampling_mask: SamplingMask | None) -> tuple[Tensor | None, Tensor | None]:
+    if sampling_mask is None:
+        return None, None
+    if not isinstance(sampling_mask, tuple | list) or len(sampling_mask) != 2:
+        raise ValueError(
+            "sampling_mask must be a pair of tensors, (indptr [N + 1], indices [nnz]): CSR, not a mask [N, V]"
+        )
+    return sampling_mask[0], sampling_mask[1]
+
+
 def _key(objective: Objective) -> str:
     """By which a custom op finds a built-in objective again; empty for an own function."""
     return objective.key if isinstance(objective, PolicyObjective) else ""
@@ -296,24 +308,35 @@ def _named(objective: Objective, tokens: TokenBatch, metrics: Tensor) -> dict[st
 # Checks
 
 
-def _check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, logits_dtype: str) -> None:
+def _check_head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, logits_dtype: str | torch.dtype
+) -> str:
+    """Raises ValueError for what does not fit; returns the name of ``logits_dtype``."""
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [N, D]; got {list(hidden.shape)}: flatten the batch, keep rows with a target")
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"weight must be the head's tensor; got {type(weight).__name__}: pass head.weight")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"weight must be [V, D] with D = {hidden.shape[1]} as in hidden; got {list(weight.shape)}")
     _check_dtype("hidden", hidden)
     _check_dtype("weight", weight)
+    _check_device("weight", weight, hidden)
     if torch.promote_types(hidden.dtype, weight.dtype) != weight.dtype:
         raise ValueError(
             f"weight is {weight.dtype}, narrower than hidden's {hidden.dtype}: cast hidden to {weight.dtype}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [V] = [{len(weight)}]; got {list(bias.shape)}")
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [V] = [{len(weight)}]; got {list(bias.shape)}")
+        _check_dtype("bias", bias)
+        _check_device("bias", bias, hidden)
     _check_targets(targets, hidden, len(weight))
-    if logits_dtype not in ("float32", "bfloat16"):
+    name = str(logits_dtype).removeprefix("torch.")
+    if name not in ("float32", "bfloat16"):
         raise ValueError(f"logits_dtype={logits_dtype!r} is unknown; it is one of float32, bfloat16")
-    if logits_dtype == "bfloat16" and hidden.dtype != torch.bfloat16:
+    if name == "bfloat16" and hidden.dtype != torch.bfloat16:
         raise ValueError(f"logits_dtype='bfloat16' needs bf16 hidden; got {hidden.dtype}: use logits_dtype='float32'")
+    return name
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:
@@ -321,20 +344,41 @@ def _check_dtype(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be bfloat16, float16, float32 or float64; got {tensor.dtype}: cast it")
 
 
+def _check_device(name: str, tensor: Tensor, rows: Tensor) -> None:
+    if tensor.device != rows.device:
+        raise ValueError(f"{name} is on {tensor.device}, the rows on {rows.device}: move it")
+
+
 def _check_targets(targets: Tensor, rows: Tensor, vocab: int) -> None:
-    if targets.shape != rows.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets must be [{len(rows)}] int64; got {list(targets.shape)} {targets.dtype}")
-    if targets.device != rows.device:
-        raise ValueError(f"targets are on {targets.device}, the rows on {rows.device}: move them")
+    if targets.shape != rows.shape[:1]:
+        raise ValueError(f"targets must be [{len(rows)}], one for each row; got {list(targets.shape)}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64; got {targets.dtype}: targets.long()")
+    _check_device("targets", targets, rows)
     if targets.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if len(targets) and (targets.min() < 0 or targets.max() >= vocab):
         raise ValueError(f"targets must lie in [0, {vocab}); drop the rows without a target: hidden[targets >= 0]")
 
 
-def _check_objective(objective: Objective, sampling_mask: SamplingMask | None) -> None:
+def _check_tokens(tokens: TokenBatch) -> None:
+    if not isinstance(tokens, TokenBatch):
+        raise ValueError(f"tokens must be a TokenBatch; got {type(tokens).__name__}: TokenBatch(advantages, ...)")
+    for name in library.TOKEN_FIELDS:
+        value = getattr(tokens, name)
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"tokens.{name} must be a tensor; got {type(value).__name__}: torch.tensor(...)")
+
+
+def check_objective(objective: Objective) -> Objective:
+    """The objective. Raises ValueError if it is none."""
     if not callable(objective):
         raise ValueError(f"objective must be a PolicyObjective or a callable; got {objective!r}")
+    return objective
+
+
+def _check_objective(objective: Objective, sampling_mask: SamplingMask | None) -> None:
+    check_objective(objective)
     if sampling_mask is None or not isinstance(objective, PolicyObjective):
         return
     for name in ("kl_coef", "entropy_coef"):
@@ -350,7 +394,10 @@ def _temperature(temperature: float | Tensor, rows: Tensor) -> Tensor | None:
     if isinstance(temperature, Tensor):
         if temperature.shape not in ((), rows.shape[:1]):
             raise ValueError(f"temperature must be a number or [N] = [{len(rows)}]; got {list(temperature.shape)}")
-        return temperature.detach().to(device=rows.device, dtype=dtype).expand(len(rows)).contiguous()
+        on_cpu = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and not bool((temperature > 0).all()):
+            raise ValueError(f"temperature must be > 0; its least value is {float(temperature.min())}")
+        return temperature.detach().to(rows.device, dtype, non_blocking=rows.is_cuda).expand(len(rows)).contiguous()
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0; got {temperature!r}")
     return None if temperature == 1.0 else torch.full((len(rows),), temperature, dtype=dtype, device=rows.device)

@@ -31,6 +31,9 @@ class TokenBatch:
         The values of ``cu_seqlens`` are checked where it lies on the CPU; elsewhere that would stall the device.
         Raises ValueError, which names the field and the shape it should have.
         """
+        for name in [f.name for f in fields(self) if getattr(self, f.name) is not None and device.type != "meta"]:
+            if getattr(self, name).is_meta:
+                raise ValueError(f"tokens.{name} is on the meta device and has no values: materialise it first")
         cu, sequences = self.cu_seqlens, None
         if cu is not None:
             _check_cu_seqlens(cu, n_rows)

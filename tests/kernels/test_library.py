@@ -179,7 +179,10 @@ def test_modules_are_the_functions() -> None:
     expected = linear_policy_loss(hidden, weight, targets, tokens, o, temperature=0.7)
     torch.testing.assert_close(module(hidden, weight, targets, tokens).loss, expected.loss)
     assert "temperature=0.7" in repr(module)
+    assert "kl_coef=0.1" in repr(module)
     assert not list(module.parameters())
+    with pytest.raises(ValueError, match="must be a PolicyObjective or a callable"):
+        LinearPolicyLoss("grpo")  # type: ignore[arg-type]
     logits = hidden @ weight.T
     torch.testing.assert_close(
         PolicyLossFromLogits(o, softcap=5.0)(logits, targets, tokens).loss,

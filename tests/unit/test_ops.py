@@ -368,8 +368,8 @@ def test_masked_logits_count_as_probability_zero() -> None:
         ({"weight": torch.zeros(19, 7)}, r"weight must be \[V, D\] with D = 6"),
         ({"weight": torch.zeros(19, 6, dtype=torch.bfloat16)}, "narrower than hidden"),
         ({"bias": torch.zeros(18)}, r"bias must be \[V\]"),
-        ({"targets": torch.zeros(13, dtype=torch.int64)}, r"targets must be \[14\] int64"),
-        ({"targets": torch.zeros(14, dtype=torch.int32)}, r"targets must be \[14\] int64"),
+        ({"targets": torch.zeros(13, dtype=torch.int64)}, r"targets must be \[14\], one for each row"),
+        ({"targets": torch.zeros(14, dtype=torch.int32)}, r"targets must be int64; got torch.int32: targets.long\(\)"),
         ({"targets": torch.full((14,), -100)}, "drop the rows without a target"),
         ({"targets": torch.full((14,), 19)}, r"lie in \[0, 19\)"),
         ({"temperature": 0.0}, "temperature must be > 0"),
@@ -377,6 +377,13 @@ def test_masked_logits_count_as_probability_zero() -> None:
         ({"logits_dtype": "float16"}, "logits_dtype='float16' is unknown"),
         ({"logits_dtype": "bfloat16"}, "needs bf16 hidden"),
         ({"backend": "cuda"}, "not built"),
+        ({"weight": torch.zeros(19, 6, device="meta")}, "weight is on meta, the rows on cpu: move it"),
+        ({"bias": torch.zeros(19, device="meta")}, "bias is on meta"),
+        ({"bias": torch.zeros(19, dtype=torch.int64)}, "bias must be bfloat16"),
+        ({"weight": torch.nn.Linear(6, 19)}, "got Linear: pass head.weight"),
+        ({"temperature": torch.zeros(14)}, "its least value is 0.0"),
+        ({"temperature": torch.ones(13)}, r"a number or \[N\] = \[14\]"),
+        ({"sampling_mask": torch.ones(14, 19, dtype=torch.bool)}, "CSR, not a mask"),
         ({"backend": "numpy"}, "backend='numpy' is unknown"),
     ],
 )
@@ -402,3 +409,27 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="made for CUDA, the tensors are on cpu; use backend='auto'"):
         resolve_backend("linear_logprob", "triton", torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.ones(14), "tokens must be a TokenBatch; got Tensor"),
+        (TokenBatch([1.0] * 14), "tokens.advantages must be a tensor; got list"),  # type: ignore[arg-type]
+        (TokenBatch(torch.ones(14), cu_seqlens=[0, 14]), "tokens.cu_seqlens must be a tensor"),  # type: ignore[arg-type]
+        (TokenBatch(torch.ones(14, device="meta")), "tokens.advantages is on the meta device"),
+        (TokenBatch(torch.ones(14), cu_seqlens=torch.zeros(2, device="meta")), "tokens.cu_seqlens is on the meta"),
+    ],
+)
+def test_batches_of_the_wrong_kind(tokens: Any, message: str) -> None:
+    x = make(dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        linear_policy_loss(**x, tokens=tokens, objective=CLIP)
+    with pytest.raises(ValueError, match=message):
+        policy_loss_from_logits(x["hidden"] @ x["weight"].T, x["targets"], tokens, CLIP)
+
+
+def test_logits_dtype_may_be_a_dtype() -> None:
+    x = make(dtype=torch.bfloat16)
+    named, typed = (linear_logprob(**x, logits_dtype=dtype)[0] for dtype in ("bfloat16", torch.bfloat16))
+    assert torch.equal(named, typed)
