@@ -13,38 +13,64 @@ from typing import Any
 import torch
 
 from bench import machine
-from bench.harness import append, measure, stamp
+from bench.checks import failures, said
+from bench.harness import Case, DeviceLost, append, measure, release_or_lost, stamp
 from bench.problems import DTYPES, OPS, cases
 
 RESULTS = machine.ROOT / "bench" / "results"
 ROUNDS = {"cpu": 5, "gpu": 20}
+BUDGET = {"cpu": None, "gpu": 460.0}  # seconds
+RESERVE = 20.0  # seconds of the budget that are kept for each case to come
 WARMUP = {"cpu": 0, "gpu": 3}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 if one of our own variants fails its check, 2 for bad usage."""
+    """Exit code 1 if one of our own variants fails its check, or a case as a whole; 2 for bad usage."""
+    start = time.perf_counter()
     options = _parser().parse_args(arguments)
-    if options.rounds is not None and options.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1; got {options.rounds}")
+    for name, least in (("rounds", 1), ("budget", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}; got {value}")
     suite = options.suite or ("gpu" if torch.cuda.is_available() else "cpu")
     if suite == "gpu" and not torch.cuda.is_available():
         raise ValueError("--suite gpu needs a CUDA device: run it on one, or use --suite cpu")
-    device = "cpu" if suite == "cpu" else "cuda"
-    rounds = options.rounds or ROUNDS[suite]
-    head = stamp(suite, device)
-    print(f"device: {head['device']}, {head['threads']} threads, commit {head['commit']}")
+    todo = cases(suite, options.op, options.shape, options.dtype)
+    head = stamp(suite, "cpu" if suite == "cpu" else "cuda")
+    print(f"device: {head['device']}, {head['threads']} threads, commit {machine.short(head['commit'])}")
     if suite == "cpu":
         free = f"{head['threads']} of {os.cpu_count()} cores"
         print(f"The CPU suite keeps {free} busy: nothing else may run beside it. OMP_NUM_THREADS sets the number.")
-    ours_failed = False
-    for case in cases(suite, options.op, options.shape, options.dtype):
-        start = time.perf_counter()
-        rows = measure(OPS[case.op](case), head, rounds, WARMUP[suite])
-        path = append(rows, options.out)
-        _print(rows)
-        print(f"  {time.perf_counter() - start:.0f} s in all -> {path}", flush=True)
-        ours_failed |= any(row["role"] == "ours" and row["status"] in ("wrong", "failed") for row in rows)
-    return int(ours_failed)
+    budget = BUDGET[suite] if options.budget is None else options.budget
+    good = True
+    for left, case in zip(range(len(todo) - 1, -1, -1), todo, strict=True):
+        deadline = None if budget is None else start + budget - left * RESERVE
+        try:
+            good &= _measured(case, head, options.rounds or ROUNDS[suite], deadline, options.out)
+        except DeviceLost as error:
+            print(f"\n{_title(case)}\n  stopped: {error}. {left} cases are left; run them with --op.", flush=True)
+            return 1
+    print(f"{time.perf_counter() - start:.0f} s in all")
+    return int(not good)
+
+
+def _measured(case: Case, head: dict[str, Any], rounds: int, deadline: float | None, out: Path) -> bool:
+    """One case, printed and appended. False if it, or one of our variants, failed."""
+    start = time.perf_counter()
+    print(f"\n{_title(case)}", flush=True)
+    try:
+        rows = measure(OPS[case.op](case), head, rounds, WARMUP[head["suite"]], deadline)
+    except failures() as error:
+        print(f"  the case failed: {said(error)}", flush=True)
+        release_or_lost(f"{case.op} itself")
+        return False
+    path = append(rows, out)
+    _print(rows)
+    done = max((row["rounds"] for row in rows if row["status"] == "ok"), default=rounds)
+    if done < rounds:
+        print(f"  --budget: {done} rounds instead of {rounds}")
+    print(f"  {time.perf_counter() - start:.0f} s -> {path}", flush=True)
+    return not any(row["role"] == "ours" and row["status"] in ("wrong", "failed") for row in rows)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", action="append", default=[], choices=names, help="may be repeated")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
     parser.add_argument("--rounds", type=int, metavar="n", help="timed calls a variant; default 5 (CPU), 20 (GPU)")
+    seconds = "time for the whole run: cases that would end later get fewer rounds; default 460 (GPU), none (CPU)"
+    parser.add_argument("--budget", type=float, metavar="seconds", help=seconds)
     return parser
 
 
@@ -66,9 +94,11 @@ def _shape(text: str) -> tuple[int, int, int]:
     return sizes
 
 
+def _title(case: Case) -> str:
+    return f"{case.op}  N={case.n} D={case.d} V={case.v} {case.dtype}"
+
+
 def _print(rows: Sequence[dict[str, Any]]) -> None:
-    case = rows[0]["case"]
-    print(f"\n{case['op']}  N={case['n']} D={case['d']} V={case['v']} {case['dtype']}")
     for row in rows:
         if row["status"] == "ok":
             peak = "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"

@@ -32,16 +32,15 @@ def replay_flops(n: int, d: int, kept: int) -> int:
     return head_flops(n, d, kept)
 
 
-def replay_bytes(n: int, d: int, v: int, kept: int, itemsize: int, vectors: int = 4) -> int:
-    """hidden and, of the weight, the rows that are kept (at most all) in; dX and a dense dW out; the mask in."""
-    rows = min(n * kept, v)
+def replay_bytes(n: int, d: int, v: int, kept: int, distinct: int, itemsize: int, vectors: int = 4) -> int:
+    """hidden and, of the weight, the distinct rows that are kept in; dX and a dense dW out; the mask in."""
     mask = INT64 * (n * kept + n + 1)
-    return itemsize * (2 * n * d + rows * d + v * d) + mask + n * (INT64 + vectors * FP32)
+    return itemsize * (2 * n * d + distinct * d + v * d) + mask + n * (INT64 + vectors * FP32)
 
 
-def advantages_bytes(n: int) -> int:
-    """fp32 rewards in, fp32 advantages out."""
-    return 2 * FP32 * n
+def advantages_bytes(n: int, groups: int) -> int:
+    """fp32 rewards and the groups' bounds in, fp32 advantages out."""
+    return 2 * FP32 * n + INT64 * (groups + 1)
 
 
 def pad_bytes(n: int) -> int:
@@ -49,9 +48,9 @@ def pad_bytes(n: int) -> int:
     return n * (FP32 + 8 + 1)
 
 
-def gather_bytes(n: int, d: int, itemsize: int) -> int:
-    """Rows read and written; the gradient read and, N rows of it, written."""
-    return 4 * itemsize * n * d + n * INT64
+def gather_bytes(n: int, distinct: int, d: int, itemsize: int) -> int:
+    """The distinct rows read, N rows written; N rows of gradient read, a dense gradient of N rows written."""
+    return itemsize * d * (distinct + 3 * n) + n * INT64
 
 
 def floor_seconds(flops: int, n_bytes: int, flops_per_s: float | None, bytes_per_s: float) -> float:

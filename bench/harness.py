@@ -2,31 +2,30 @@
 
 A case goes through: inputs and a float64 reference, one call of every variant whose outputs are held against it, one
 call under the memory gauge, then rounds in which every variant that passed is called once, the order rotated from round
-to round. The two first calls are the warm-up; ``warmup`` adds rounds that are not timed. A variant that fails its check
-gets a row that says so, without a time.
+to round. The two first calls are the warm-up; ``warmup`` adds rounds that are not timed. A variant that fails its
+check, or fails later, gets a row that says so, without a time.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from bench import machine
+from bench.checks import Outputs, allowed_errors, errors_of, failures, recompile_limit_is_an_error, said
 from bench.counts import floor_seconds, percentile
 
-Outputs = dict[str, Tensor]
-MARGIN = 2.0  # a variant's error is at most this many times plain torch's
-ROUNDING = torch.finfo(torch.float32).eps
-SLICE = 1 << 26  # elements compared at a time
+MIN_ROUNDS = 3  # timed, however little time is left
+CEILING = "ceiling: "
 ROLES = ("ours", "plain", "peer", "ceiling")
 
 
@@ -63,12 +62,18 @@ class Variant:
     reason: str = ""
     note: str = ""
     yardstick: str = "eager"  # the plain-torch variant whose error bounds this one's
+    values_yardstick: str = ""  # another one for loss, logp and entropy
     flops: int | None = None  # what it does by design; None = what the op needs
-    extra: Callable[[Outputs], dict[str, float]] | None = None  # more figures of a checked call
+    extra: Callable[[Outputs, Outputs], dict[str, float]] | None = None  # (outputs, reference) -> more figures
 
     def __post_init__(self) -> None:
         assert self.role in ROLES
         assert self.setup or self.reason, f"{self.name} neither runs nor says why not"
+
+    @property
+    def yardsticks(self) -> tuple[str, str]:
+        """For the gradients, and for loss, logp and entropy."""
+        return self.yardstick, self.values_yardstick or self.yardstick
 
 
 @dataclass(frozen=True)
@@ -83,33 +88,6 @@ class Problem:
     ceilings: dict[str, tuple[Callable[[], Any], int]] = field(default_factory=dict)  # copy, gemm -> (run, amount)
 
 
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """``|value - reference| / |reference|`` in float64, in slices; nan where the value has one."""
-    reference = reference.reshape(-1)
-    value = value.detach().reshape(-1)  # a variant may return a view of another shape
-    if value.shape != reference.shape:
-        raise ValueError(f"an output has {value.numel()} elements, the reference {reference.numel()}")
-    pairs = zip(value.split(SLICE), reference.split(SLICE), strict=True)
-    squares = [((v.double() - r.double()).square().sum(), r.double().square().sum()) for v, r in pairs]
-    error, size = (sum(float(square) for square in side) for side in zip(*squares, strict=True))
-    return (error / max(size, 1e-300)) ** 0.5
-
-
-def errors_of(outputs: Outputs, reference: Outputs) -> dict[str, float]:
-    """Error of every output. A loss is a sum in which errors cancel by luck, so that its own size says nothing: its
-    error is taken relative to ``|c| |logp|``, the size that an error of logp times ``c = dL/dlogp`` can reach."""
-    errors = {name: relative_error(value, reference[name]) for name, value in outputs.items() if name != "loss"}
-    if "loss" in outputs:
-        scale = float(reference["c"].double().norm() * reference["logp"].double().norm())
-        errors["loss"] = abs(float(outputs["loss"].detach().double() - reference["loss"])) / scale
-    return errors
-
-
-def allowed_errors(names: Sequence[str], plain: dict[str, float]) -> dict[str, float]:
-    """``MARGIN`` times plain torch's error, at least one fp32 rounding; the loss is bounded by logp's error."""
-    return {name: max(MARGIN * plain["logp" if name == "loss" else name], ROUNDING) for name in names}
-
-
 def rotated(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
     """The order of each round: every name once, each round starting one further."""
     for index in range(rounds):
@@ -117,71 +95,84 @@ def rotated(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
         yield [*names[shift:], *names[:shift]]
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """What a variant may raise here and be reported for, not the benchmark: it is often code of others."""
-    kinds: list[type[Exception]] = [RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError]
-    kinds += [ImportError, OSError]
-    if importlib.util.find_spec("triton"):
-        from triton.errors import TritonError
-
-        kinds.append(TritonError)
-    return tuple(kinds)
+class DeviceLost(Exception):
+    """The CUDA context is gone, for example after an illegal memory access: this process measures nothing more."""
 
 
 class Bench:
-    """Measures one problem."""
+    """Measures one problem, until ``deadline`` (of ``time.perf_counter``) if there is one."""
 
-    def __init__(self, problem: Problem, clock: machine.Clock, rounds: int, warmup: int = 0) -> None:
+    def __init__(
+        self, problem: Problem, clock: machine.Clock, rounds: int, warmup: int = 0, deadline: float | None = None
+    ) -> None:
         names = [variant.name for variant in problem.variants]
         if len(set(names)) < len(names):
             raise ValueError(f"variants of {problem.case.op} share a name: {sorted(names)}")
-        self.problem, self.clock, self.rounds, self.warmup = problem, clock, rounds, warmup
+        unknown = {name for variant in problem.variants for name in variant.yardsticks} - set(names)
+        if unknown:
+            raise ValueError(f"no variant of {problem.case.op} is called {sorted(unknown)}, the yardstick of others")
+        self.problem, self.clock, self.rounds, self.warmup, self.deadline = problem, clock, rounds, warmup, deadline
         self.calls: dict[str, Call] = {}
         self.rows: dict[str, dict[str, Any]] = {}
 
     def run(self) -> list[dict[str, Any]]:
-        """One row a variant, without what is common to all rows of the run."""
+        """One row a variant, without what is common to all rows of the run. Raises DeviceLost."""
         torch.compiler.reset()  # what an earlier case compiled must not count as recompilation of this one
-        self._check()
-        _release()
-        self._memory()
-        self._time()
+        with recompile_limit_is_an_error():
+            self._check()
+            _release()
+            self._memory()
+            self._time()
         self.calls.clear()
         _release()
         return list(self.rows.values())
 
+    @contextmanager
+    def _drop_if_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except failures() as error:
+            self.rows[name].update(status="failed", reason=said(error))
+            self.calls.pop(name, None)
+        else:
+            return
+        release_or_lost(name)
+
     def _check(self) -> None:
         reference, plain = self.problem.reference(), {}  # type: Outputs, dict[str, dict[str, float]]
-        yardsticks = {variant.yardstick for variant in self.problem.variants}
-        for variant in sorted(self.problem.variants, key=lambda v: v.name not in yardsticks):
-            row = self.rows[variant.name] = self._empty_row(variant)
-            if variant.setup is None:
-                continue
-            try:
-                call = variant.setup()
-                outputs = _run(call)
-                row["errors"] = errors_of(outputs, reference)
-                row.update(variant.extra(outputs) if variant.extra else {})
-            except failures() as error:
-                row.update(status="failed", reason=f"{type(error).__name__}: {str(error).strip()[:300]}")
-                _release()
-                continue
-            plain[variant.name] = row["errors"]
-            if variant.yardstick not in plain:
-                raise ValueError(f"{variant.name} is bound by {variant.yardstick!r}, which did not run")
-            self._judge(row, plain[variant.yardstick])
-            if row["status"] == "ok":
-                self.calls[variant.name] = call
-            del outputs
-        self.rows = {variant.name: self.rows[variant.name] for variant in self.problem.variants}
+        for variant in self.problem.variants:
+            self.rows[variant.name] = self._empty_row(variant)
+            if variant.setup is not None:
+                with self._drop_if_it_fails(variant.name):
+                    plain[variant.name] = self._errors(variant, variant.setup(), reference)
+        for variant in self.problem.variants:
+            if variant.name in self.calls:
+                self._judge(variant, plain)
 
-    def _judge(self, row: dict[str, Any], plain: dict[str, float]) -> None:
-        errors = row["errors"]
-        allowed = row["errors_allowed"] = allowed_errors(list(errors), plain)
-        wrong = {name: errors[name] for name in errors if not errors[name] <= allowed[name]}
-        row["outputs"] = sorted(errors)
-        row["status"] = "wrong" if wrong else "ok"
-        row["reason"] = ", ".join(f"{k}: error {e:.2e}, {allowed[k]:.2e} allowed" for k, e in wrong.items())
+    def _errors(self, variant: Variant, call: Call, reference: Outputs) -> dict[str, float]:
+        row = self.rows[variant.name]
+        if call.reset:
+            call.reset()
+        outputs = call.run()
+        row["errors"] = errors_of(outputs, reference)
+        row.update(variant.extra(outputs, reference) if variant.extra else {})
+        self.calls[variant.name] = call
+        return row["errors"]
+
+    def _judge(self, variant: Variant, plain: dict[str, dict[str, float]]) -> None:
+        row = self.rows[variant.name]
+        missing = [name for name in variant.yardsticks if name not in plain]
+        if missing:
+            row.update(status="failed", reason=f"nothing to judge it by: {missing[0]} did not run")
+        else:
+            errors, (gradients, values) = row["errors"], variant.yardsticks
+            allowed = row["errors_allowed"] = allowed_errors(list(errors), plain[gradients], plain[values])
+            wrong = {name: errors[name] for name in errors if not errors[name] <= allowed[name]}
+            row["outputs"] = sorted(errors)
+            row["status"] = "wrong" if wrong else "ok"
+            row["reason"] = ", ".join(f"{k}: error {e:.2e}, {allowed[k]:.2e} allowed" for k, e in wrong.items())
+        if row["status"] != "ok":
+            del self.calls[variant.name]
 
     def _empty_row(self, variant: Variant) -> dict[str, Any]:
         flops = self.problem.flops
@@ -195,30 +186,39 @@ class Bench:
         }
 
     def _memory(self) -> None:
-        for name, call in self.calls.items():
-            if call.reset:
-                call.reset()
-            self.rows[name]["peak_bytes"] = self.clock.peak_bytes(call.run)
+        for name, call in list(self.calls.items()):
+            with self._drop_if_it_fails(name):
+                if call.reset:
+                    call.reset()
+                self.rows[name]["peak_bytes"] = self.clock.peak_bytes(call.run)
 
     def _time(self) -> None:
-        runs = dict(self.calls)
-        for name, (run, _) in self.problem.ceilings.items():
-            runs[f"ceiling: {name}"] = Call(run)
-        samples: dict[str, list[float]] = {name: [] for name in runs}
-        for index, order in enumerate(rotated(list(runs), self.warmup + self.rounds)):
+        ceilings = {f"{CEILING}{name}": Call(run) for name, (run, _) in self.problem.ceilings.items()}
+        samples: dict[str, list[float]] = {name: [] for name in [*self.calls, *ceilings]}
+        for index, order in enumerate(rotated(list(samples), self.warmup + self.rounds)):
+            if self._late() and index >= self.warmup + MIN_ROUNDS:
+                break
             for name in order:
-                reset = runs[name].reset
-                if reset:
-                    reset()
-                seconds = self.clock.seconds(runs[name].run)
-                if index >= self.warmup:
+                seconds = None
+                if name in ceilings:
+                    seconds = self._seconds(ceilings[name])
+                elif name in self.calls:
+                    with self._drop_if_it_fails(name):
+                        seconds = self._seconds(self.calls[name])
+                if seconds is not None and index >= self.warmup:
                     samples[name].append(seconds)
-        rates = {
-            name: amount / percentile(samples[f"ceiling: {name}"], 0.5)
-            for name, (_, amount) in self.problem.ceilings.items()
-        }
+        amounts = {name: amount for name, (_, amount) in self.problem.ceilings.items()}
+        rates = {name: amount / percentile(samples[f"{CEILING}{name}"], 0.5) for name, amount in amounts.items()}
         for name in self.calls:
             self.rows[name].update(self._timing(samples[name], rates))
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.perf_counter() > self.deadline
+
+    def _seconds(self, call: Call) -> float:
+        if call.reset:
+            call.reset()
+        return self.clock.seconds(call.run)
 
     def _timing(self, samples: list[float], rates: dict[str, float]) -> dict[str, Any]:
         median = percentile(samples, 0.5)
@@ -237,16 +237,20 @@ class Bench:
         }
 
 
-def _run(call: Call) -> Outputs:
-    if call.reset:
-        call.reset()
-    return call.run()
-
-
 def _release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def release_or_lost(name: str) -> None:
+    """After a failure: on CUDA it may be one that no later call survives."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        _release()
+    except RuntimeError as error:
+        raise DeviceLost(f"{name} broke the CUDA context, this process can measure no more ({said(error)})") from error
 
 
 def stamp(suite: str, device: str) -> dict[str, Any]:
@@ -264,12 +268,14 @@ def stamp(suite: str, device: str) -> dict[str, Any]:
     }
 
 
-def measure(problem: Problem, head: dict[str, Any], rounds: int, warmup: int = 0) -> list[dict[str, Any]]:
-    """Complete rows of one case."""
+def measure(
+    problem: Problem, head: dict[str, Any], rounds: int, warmup: int = 0, deadline: float | None = None
+) -> list[dict[str, Any]]:
+    """Complete rows of one case; past the deadline only ``MIN_ROUNDS`` rounds are timed."""
     common = head | {"time": datetime.now(UTC).isoformat(), "case": asdict(problem.case)}
     common |= {"flops": problem.flops, "bytes": problem.bytes}
     clock = machine.clock_for(problem.case.device)
-    return [common | row for row in Bench(problem, clock, rounds, warmup).run()]
+    return [common | row for row in Bench(problem, clock, rounds, warmup, deadline).run()]
 
 
 def append(rows: Sequence[dict[str, Any]], out: Path) -> Path:

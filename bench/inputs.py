@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench.harness import Case, Outputs
+from bench.checks import Outputs
+from bench.harness import Case
 from revisual_fast import PolicyObjective, TokenBatch
 
 SEQUENCES = 8  # completions of equal length, which the peers that want [B, T] need
@@ -118,6 +119,12 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     far = uniform(case.n)
     log_ratio = torch.where(far < 0.01, 0.5, torch.where(far > 0.99, -0.5, log_ratio))
     return replace(x, old_logp=(logp_reference(x) - log_ratio).float())
+
+
+def distinct_kept(x: Inputs) -> int:
+    """Rows of the weight that the mask names at all."""
+    assert x.kept is not None
+    return len(x.kept.unique())
 
 
 def _chunks(x: Inputs) -> Iterator[slice]:

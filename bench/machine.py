@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+PACKAGES = [
+    *("torch", "triton", "transformers", "trl", "liger-kernel"),
+    *("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl"),
+]
 GENERATED = (":!bench/results", ":!RESULTS.md", ":!docs/roofline-*")
 FLUSH_BYTES = 512 << 20  # written before a timed call on CUDA; several times any L2 cache
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -39,14 +42,24 @@ def slug(name: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python, CUDA, and every package that takes part and is installed."""
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
+    """Python, CUDA, its driver, and every package that takes part and is installed."""
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda or "none", "driver": driver()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found | {"torch": torch.__version__}
+
+
+def driver() -> str:
+    """Version of NVIDIA's driver, ``none`` without one."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+    return done.stdout.strip().split("\n")[0] or "none"
 
 
 def commit() -> dict[str, Any]:
@@ -66,6 +79,11 @@ def commit() -> dict[str, Any]:
     if rev is None:
         return {"rev": os.environ.get("REVISUAL_FAST_COMMIT", "unknown"), "dirty": None}
     return {"rev": rev, "dirty": bool(git("status", "--porcelain", "--", ".", *GENERATED))}
+
+
+def short(commit: dict[str, Any]) -> str:
+    """``0123456789ab dirty``."""
+    return commit["rev"][:12] + (" dirty" if commit["dirty"] else "")
 
 
 class Clock(Protocol):

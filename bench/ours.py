@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from bench.harness import Call, Case, Outputs, Variant
+from bench.checks import Outputs
+from bench.harness import Call, Case, Variant
 from bench.inputs import OBJECTIVE, Inputs
-from bench.plain import detached, gradients
+from bench.plain import WIDE, detached, gradients
 from revisual_fast import PolicyObjective, linear_logprob, linear_policy_loss, policy_loss_from_logits
 from revisual_fast.ops import available_backends
 
@@ -19,7 +20,7 @@ INTERPRETED = "runs in Triton's interpreter on a CPU, where a time means nothing
 
 Make = Callable[..., Callable[[], Call]]
 """``make(backend=..., **settings) -> setup``."""
-MakeExtra = Callable[..., Callable[[Outputs], dict[str, float]]]
+MakeExtra = Callable[..., Callable[[Outputs, Outputs], dict[str, float]]]
 """``make(backend=..., **settings) -> extra``, see ``Variant.extra``."""
 
 
@@ -31,19 +32,25 @@ def replays() -> bool:
 def ours(
     case: Case, op: str, make: Make, settings: dict[str, dict[str, Any]], extra: MakeExtra | None = None
 ) -> list[Variant]:
-    """One variant for each backend of ``op`` and each of ``settings``: what its name ends in -> keyword arguments."""
+    """One variant for each backend of ``op`` and each of ``settings``: what its name ends in -> keyword arguments.
+
+    From bf16 hidden states to fp32 logits, the default, loss, logp and entropy are held against fp32 logits of torch.
+    """
     out = []
     for backend, reason in _backends(case, op):
         for label, options in settings.items():
             setup = None if reason else make(backend=backend, **options)
             more = extra(backend=backend, **options) if extra else None
-            out.append(Variant(f"{NAME} {backend}{label}", "ours", setup, reason, extra=more))
+            wide = WIDE if case.d and case.dtype == "bfloat16" and "logits_dtype" not in options else ""
+            out.append(Variant(f"{NAME} {backend}{label}", "ours", setup, reason, values_yardstick=wide, extra=more))
     return out
 
 
 def _backends(case: Case, op: str) -> Iterator[tuple[str, str]]:
-    """Backend and, if it cannot be timed here, the reason."""
+    """Backend and, if it cannot be timed here, the reason; not those that this version does not have."""
     for backend, state in available_backends(op).items():
+        if state.startswith("not built"):
+            continue
         if state != "yes":
             yield backend, state
         else:
@@ -105,14 +112,30 @@ def loss_from_logits(x: Inputs) -> Make:
 
 
 def ratio_error(x: Inputs) -> MakeExtra:
-    """``max |ratio - 1|`` of identical policies: the loss's log-probs against those of ``linear_logprob``."""
+    """``max |ratio - 1|`` of identical policies, whose old log-probs came from another partition of the rows.
 
-    def make(**options: Any) -> Callable[[Outputs], dict[str, float]]:
+    ``linear_logprob`` gets them shuffled and in pieces of other sizes than the loss cuts, as a trainer that stores them
+    does. Beside it, the same maximum for the loss's log-probs against those of float64.
+    """
+    n = len(x.targets)
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(1)).to(x.targets.device)
+
+    def make(**options: Any) -> Callable[[Outputs, Outputs], dict[str, float]]:
         @torch.no_grad()
-        def extra(outputs: Outputs) -> dict[str, float]:
-            old, _ = linear_logprob(*x.head, x.targets, **options)
-            return {"ratio_error": float((outputs["logp"] - old).expm1().abs().max())}
+        def extra(outputs: Outputs, reference: Outputs) -> dict[str, float]:
+            hidden, weight = x.head
+            old = torch.empty_like(outputs["logp"])
+            for rows in shuffled.split(n // 3 + 1):
+                old[rows] = linear_logprob(hidden[rows], weight, x.targets[rows], **options)[0]
+            return {
+                "ratio_error": _largest(outputs["logp"] - old),
+                "ratio_error_float64": _largest(outputs["logp"].double() - reference["logp"]),
+            }
 
         return extra
 
     return make
+
+
+def _largest(log_ratio: torch.Tensor) -> float:
+    return float(log_ratio.expm1().abs().max())

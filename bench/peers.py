@@ -6,19 +6,26 @@ log-probs gets the objective on top in torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.checks import Outputs
 from bench.counts import head_flops
-from bench.harness import Call, Case, Outputs, Variant
+from bench.harness import Call, Case, Variant
 from bench.inputs import CLIP, SEQUENCES, Inputs, LossOf
 from bench.plain import detached, gradients
 
 TRL_VOCAB_CHUNK = 32768  # what TRL's trainers pass
+TRL = "TRL ChunkedLogProbFunction"
+LIGER_GRPO = "Liger fused linear GRPO"
 UNTUNED = "untuned for CPUs"
 RECOMPUTES = 4  # products of the head's size: logits twice, dX, dW
 Logprob = Callable[[], tuple[Tensor, Tensor | None]]
@@ -51,17 +58,20 @@ def _from_logprob(x: Inputs, loss_of: LossOf, logprob: Logprob) -> Callable[[], 
     return lambda: Call(run)
 
 
-def trl_chunked(case: Case, x: Inputs, loss_of: LossOf) -> Variant:
+def trl_chunked(case: Case, x: Inputs, loss_of: LossOf) -> list[Variant]:
+    """With and without its entropy."""
     module = "trl.kernels.chunked_logprob"
 
-    def logprob() -> tuple[Tensor, Tensor | None]:
-        function = import_module(module).ChunkedLogProbFunction
-        found = function.apply(*x.head[:2], None, x.targets, 1.0, TRL_VOCAB_CHUNK, None, 1.0, ("entropy",))
-        return found[0], found[1]
+    def variant(name: str, outputs: tuple[str, ...]) -> Variant:
+        def logprob() -> tuple[Tensor, Tensor | None]:
+            function = import_module(module).ChunkedLogProbFunction
+            found = function.apply(*x.head, None, x.targets, 1.0, TRL_VOCAB_CHUNK, None, 1.0, outputs)
+            return found[0], found[1]
 
-    note = UNTUNED if case.device == "cpu" else ""
-    setup = _from_logprob(x, loss_of, logprob)
-    return _peer(case, "TRL ChunkedLogProbFunction", _why_not(case, module), setup, note, RECOMPUTES)
+        note = UNTUNED if case.device == "cpu" else ""
+        return _peer(case, name, _why_not(case, module), _from_logprob(x, loss_of, logprob), note, RECOMPUTES)
+
+    return [variant(TRL, ("entropy",)), variant(f"{TRL}, no entropy", ())]
 
 
 def liger_scaled_ce(case: Case, x: Inputs, loss_of: LossOf) -> list[Variant]:
@@ -95,17 +105,36 @@ def cut_cross_entropy(case: Case, x: Inputs, loss_of: LossOf) -> list[Variant]:
             linear_cross_entropy = import_module(module).linear_cross_entropy
             return -linear_cross_entropy(*x.head, x.targets, reduction="none", **options), None
 
-        return _peer(case, name, reason, _from_logprob(x, loss_of, logprob), products=RECOMPUTES)
+        note = "" if reason else f"{version(module)}, CCE_AUTOTUNE={os.environ.get('CCE_AUTOTUNE', '0')}"
+        return _peer(case, name, reason, _from_logprob(x, loss_of, logprob), note, RECOMPUTES)
 
     return [variant("cut-cross-entropy"), variant("cut-cross-entropy, no filter", filter_eps=None)]
 
 
-def liger_linear_grpo(case: Case, x: Inputs) -> Variant:
+def liger_linear_grpo(case: Case, x: Inputs) -> list[Variant]:
+    """One sequence a chunk, its default, and all in one; on CUDA that also with TF32 for its products in fp32."""
     module = "liger_kernel.chunked_loss"
+    reason = _why_not(case, module)
 
+    def variant(name: str, note: str = "", tf32: bool = False, **options: Any) -> Variant:
+        setup = _liger_linear_grpo(case, x, tf32, options)
+        return _peer(case, name, reason, setup, note, products=RECOMPUTES)
+
+    out = [variant(LIGER_GRPO)]
+    all_in_one: dict[str, Any] = {"chunk_size": SEQUENCES}
+    if not reason and "chunk_size" in signature(import_module(module).LigerFusedLinearGRPOLoss).parameters:
+        out.append(variant(f"{LIGER_GRPO}, one chunk", f"chunk_size={SEQUENCES}, all sequences", **all_in_one))
+        if case.device == "cuda":
+            name = f"{LIGER_GRPO}, one chunk, TF32"
+            out.append(variant(name, "TF32 for its products in fp32", True, **all_in_one))
+    return out
+
+
+def _liger_linear_grpo(case: Case, x: Inputs, tf32: bool, more: dict[str, Any]) -> Callable[[], Call]:
     def setup() -> Call:
-        options: dict[str, Any] = {"beta": 0.0, "use_ref_model": False, "loss_type": "bnpo", "compiled": True}
-        function = import_module(module).LigerFusedLinearGRPOLoss(epsilon_low=CLIP, epsilon_high=CLIP, **options)
+        options = {"beta": 0.0, "use_ref_model": False, "loss_type": "bnpo", "compiled": True} | more
+        kind = import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
+        function = kind(epsilon_low=CLIP, epsilon_high=CLIP, **options)
         shape = (SEQUENCES, case.n // SEQUENCES)
         mask = torch.ones(shape, device=case.device)
         advantages = x.advantages.view(shape)[:, 0].contiguous()
@@ -113,14 +142,28 @@ def liger_linear_grpo(case: Case, x: Inputs) -> Variant:
 
         def run() -> Outputs:
             hidden, weight = x.head
-            loss, _ = function(
-                hidden.view(*shape, -1), weight, x.targets.view(shape), mask, advantages, old_per_token_logps=old
-            )
-            return gradients(x, loss) | detached(loss=loss)
+            hidden, targets = hidden.view(*shape, -1), x.targets.view(shape)
+            with allow_tf32(tf32):
+                loss, _ = function(hidden, weight, targets, mask, advantages, old_per_token_logps=old)
+                return gradients(x, loss) | detached(loss=loss)
 
         return Call(run)
 
-    return _peer(case, "Liger fused linear GRPO", _why_not(case, module), setup, products=RECOMPUTES)
+    return setup
+
+
+@contextmanager
+def allow_tf32(allowed: bool) -> Iterator[None]:
+    """For this call only: the other variants and the yardstick keep what was set."""
+    if not allowed:
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def liger_triton_grpo(case: Case, x: Inputs) -> Variant:
@@ -147,20 +190,26 @@ def liger_triton_grpo(case: Case, x: Inputs) -> Variant:
     return _peer(case, "Liger Triton GRPO", _why_not(case, module, cuda=True), setup)
 
 
-def liger_linear_ce(case: Case, x: Inputs) -> Variant:
+def liger_linear_ce(case: Case, x: Inputs) -> list[Variant]:
+    """With its default, dW added up in the weight's dtype, and with dW added up in fp32."""
     module = "liger_kernel.transformers.fused_linear_cross_entropy"
+    reason = _why_not(case, module, cuda=True)
 
-    def setup() -> Call:
-        function = import_module(module).LigerFusedLinearCrossEntropyLoss()
+    def variant(name: str, **options: Any) -> Variant:
+        def setup() -> Call:
+            function = import_module(module).LigerFusedLinearCrossEntropyLoss(**options)
 
-        def run() -> Outputs:
-            hidden, weight = x.head
-            loss = function(weight, hidden, x.targets)
-            return gradients(x, loss) | detached(loss=loss)
+            def run() -> Outputs:
+                hidden, weight = x.head
+                loss = function(weight, hidden, x.targets)
+                return gradients(x, loss) | detached(loss=loss)
 
-        return Call(run)
+            return Call(run)
 
-    return _peer(case, "Liger fused linear CE", _why_not(case, module, cuda=True), setup, products=3)
+        return _peer(case, name, reason, setup, products=3)
+
+    name = "Liger fused linear CE"
+    return [variant(name), variant(f"{name}, fp32 dW", accum_dtype=torch.float32)]
 
 
 def quack_linear_ce(case: Case, x: Inputs) -> Variant:

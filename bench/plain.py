@@ -9,8 +9,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from bench.harness import Call, Case, Outputs, Variant
+from bench.checks import Outputs
+from bench.harness import Call, Case, Variant
 from bench.inputs import Inputs, LossOf
+
+WIDE = "eager, fp32 logits"
+COMPILED = 'mode="default", dynamic=False'
+
+
+class WideLogits(torch.autograd.Function):
+    """``hidden @ weight^T`` of 16-bit operands as fp32 logits; the products of the backward pass in 16 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:  # [N, D], [V, D] -> [N, V] fp32
+        ctx.save_for_backward(hidden, weight)
+        if hidden.is_cuda:
+            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return hidden.float() @ weight.float().t()  # mm of a CPU has no out_dtype
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        dz = upstream[0].to(hidden.dtype)
+        return dz @ weight, dz.t() @ hidden
 
 
 def detached(**outputs: Tensor | None) -> Outputs:
@@ -35,14 +56,17 @@ def _plain_forward(z: Tensor, x: Inputs, loss_of: LossOf, upcast: bool, entropy:
     return loss_of(logp), logp, *([] if entropies is None else [entropies])
 
 
-def plain_call(x: Inputs, loss_of: LossOf, upcast: bool, entropy: bool, compiled: bool) -> Callable[[], Call]:
+def plain_call(
+    x: Inputs, loss_of: LossOf, upcast: bool, entropy: bool, compiled: bool, wide: bool
+) -> Callable[[], Call]:
     """Full logits and autograd."""
 
     def forward(x: Inputs) -> tuple[Tensor, ...]:
         if x.logits is not None:
             return _plain_forward(x.logits, x, loss_of, upcast, entropy)
         hidden, weight = x.head
-        return _plain_forward(hidden @ weight.t(), x, loss_of, upcast, entropy)
+        z = WideLogits.apply(hidden, weight) if wide else hidden @ weight.t()
+        return _plain_forward(z, x, loss_of, upcast, entropy)
 
     def setup() -> Call:
         function: Any = torch.compile(forward, dynamic=False) if compiled else forward
@@ -64,10 +88,15 @@ def gradients(x: Inputs, loss: Tensor) -> Outputs:
 
 
 def plain(case: Case, x: Inputs, loss_of: LossOf, entropy: bool = True) -> list[Variant]:
-    """Eager with and without entropy, for bf16 also without the customary cast of the logits to fp32, and compiled."""
+    """Eager with and without entropy, and compiled. From bf16 also without the customary cast of the logits to fp32,
+    and, where there is a head, with logits that are fp32 from the start."""
 
-    def variant(name: str, upcast: bool, entropy: bool, compiled: bool = False, yardstick: str = "eager") -> Variant:
-        return Variant(name, "plain", plain_call(x, loss_of, upcast, entropy, compiled), yardstick=yardstick)
+    def variant(
+        name: str, upcast: bool, entropy: bool, compiled: bool = False, yardstick: str = "eager", wide: bool = False
+    ) -> Variant:
+        setup, note = plain_call(x, loss_of, upcast, entropy, compiled, wide), COMPILED if compiled else ""
+        values = name if wide else ""
+        return Variant(name, "plain", setup, note=note, yardstick=yardstick, values_yardstick=values)
 
     low = case.dtype == "bfloat16"
     out = [variant("eager", low, entropy)]
@@ -78,4 +107,6 @@ def plain(case: Case, x: Inputs, loss_of: LossOf, entropy: bool = True) -> list[
         out.append(variant(name, False, entropy, yardstick=name))
         if entropy:
             out.append(variant(f"{name}, no entropy", False, False, yardstick=f"{name}, no entropy"))
+    if low and case.d:
+        out.append(variant(WIDE, False, entropy, wide=True))
     return [*out, variant("torch.compile", low, entropy, compiled=True)]

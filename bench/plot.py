@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ LABELS = {"ours": "revisual-fast", "plain": "plain torch", "peer": "other packag
 MARKERS = {"ours": "o", "plain": "s", "peer": "^"}
 SMALL = ("group_advantages", "pad_selection", "gather_rows")  # too short for a share of the roof to mean anything
 BAR_INCHES, ROOF_INCHES = 0.23, 3.4
+MIN_BAND = 1.2
 XLABEL = "share of the roof: the time that the measured GEMM rate and copy bandwidth allow, over the median time"
 
 
@@ -64,30 +65,56 @@ def ridge(row: Row) -> float | None:
 
 
 def _roof(axis: Any, timed: Mapping[str, Sequence[Row]]) -> None:
-    low = 0.1
+    """The variants of a case have the same x: they are spread sideways over a band, by speed."""
+    points: list[tuple[float, float, str]] = []
+    centres, band = _bands(timed.values())
     for number, rows in enumerate(timed.values(), 1):
-        for row in rows:
-            limit = ridge(row)
-            if limit is not None:
-                x = row["flops"] / row["bytes"] / limit
-                low = min(low, x / 3, row["of_gemm"] / 3)
-                role = row["role"]
-                axis.plot(x, row["of_gemm"], MARKERS[role], color=COLOURS[role], markersize=5, alpha=0.85)
-        if limit is not None:
-            axis.annotate(str(number), (x, 1.5), fontsize=8, color=INK, ha="center", va="bottom")
-    high = 300.0
-    axis.plot([low, 1, high], [low, 1, 1], color=INK, linewidth=1)
-    axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, 5))
-    axis.set_xlabel("FLOPs a byte, ridge = 1", fontsize=8)
+        if number not in centres:
+            continue
+        x = centres[number]
+        points += [(x * f, row["of_gemm"], row["role"]) for f, row in zip(_spread(rows, band), rows, strict=True)]
+        axis.axvspan(x / band, x * band, color=GRID, alpha=0.45, linewidth=0)
+        axis.annotate(str(number), (x, 1.4), fontsize=8, color=INK, ha="center", va="bottom")
+    for x, y, role in points:
+        axis.plot(x, y, MARKERS[role], color=COLOURS[role], markersize=5, alpha=0.85)
+    low = min((x for x, _, _ in points), default=0.1) / 3
+    high = max((x for x, _, _ in points), default=10.0) * 3
+    bottom = min([0.1, *(y / 2 for _, y, _ in points)])
+    axis.plot([low, min(max(low, 1), high), high], [min(low, 1), min(high, 1), min(high, 1)], color=INK, linewidth=1)
+    axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, 3))
+    label = "arithmetic intensity / ridge point; the variants of a case are spread over its band, bands are moved apart"
+    axis.set_xlabel(label, fontsize=8)
     axis.set_ylabel("FLOP/s, measured GEMM rate = 1", fontsize=8)
-    axis.set_yticks([y for y in (0.001, 0.01, 0.1, 1.0) if y >= low])
+    axis.set_yticks([y for y in (0.001, 0.01, 0.1, 1.0) if y >= bottom])
+    axis.tick_params(labelsize=8)
     axis.grid(color=GRID, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     for role in COLOURS:
         axis.plot([], [], MARKERS[role], color=COLOURS[role], label=LABELS[role])
-    axis.legend(loc="lower right", frameon=False, fontsize=8)
+    axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=3, frameon=False, fontsize=8)
     row = next(iter(timed.values()))[0]
     axis.set_title(f"{row['device']}, host threads: {row['threads']}", fontsize=10, loc="left", color=INK)
+
+
+def _bands(cases: Iterable[Sequence[Row]]) -> tuple[dict[int, float], float]:
+    """Intensity over ridge point of each numbered case with products, moved right where bands would overlap, and half
+    of a band's width as a factor."""
+    limits = {number: (rows[0], ridge(rows[0])) for number, rows in enumerate(cases, 1)}
+    found = {number: row["flops"] / row["bytes"] / limit for number, (row, limit) in limits.items() if limit}
+    if not found:
+        return {}, MIN_BAND
+    band = max(MIN_BAND, (max(found.values()) / min(found.values())) ** 0.03)
+    centres: dict[int, float] = {}
+    free = 0.0
+    for number, x in sorted(found.items(), key=lambda item: item[1]):
+        centres[number] = max(x, free)
+        free = centres[number] * band**2.2
+    return centres, band
+
+
+def _spread(rows: Sequence[Row], band: float) -> list[float]:
+    """Factors between ``1 / band`` and ``band``, evenly apart on a log axis."""
+    return [band ** (2 * (index + 1) / (len(rows) + 1) - 1) for index in range(len(rows))]
 
 
 def _bars(axis: Any, name: str, rows: Sequence[Row]) -> None:
@@ -118,4 +145,8 @@ def bound(row: Row) -> str:
         return "bound by memory"
     intensity = row["flops"] / row["bytes"]
     side = "the matrix units" if intensity >= limit else "memory"
-    return f"bound by {side}, {intensity:,.0f} FLOPs a byte against a ridge of {limit:,.0f}"
+    return f"bound by {side}, {_figure(intensity)} FLOPs a byte against a ridge of {_figure(limit)}"
+
+
+def _figure(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from bench import counts, machine, peers
-from bench.harness import Call, Case, Outputs, Problem, Variant
+from bench.checks import Outputs
+from bench.harness import Call, Case, Problem, Variant
 from bench.inputs import (
     KEPT,
     OBJECTIVE,
+    SEQUENCES,
     clip_loss,
     cross_entropy,
+    distinct_kept,
     make_inputs,
     reference,
     weighted_sum,
@@ -31,7 +34,7 @@ from bench.ours import (
     replay_loss,
     replays,
 )
-from bench.plain import detached, plain
+from bench.plain import COMPILED, detached, plain
 from revisual_fast import PolicyObjective
 from revisual_fast.kernels import gather, groups
 
@@ -46,8 +49,8 @@ def linear_policy_loss(case: Case) -> Problem:
     variants = [
         *ours(case, "linear_policy_loss", linear_loss(x, OBJECTIVE), logits_dtypes(case), ratio_error(x)),
         *plain(case, x, loss_of),
-        peers.trl_chunked(case, x, loss_of),
-        peers.liger_linear_grpo(case, x),
+        *peers.trl_chunked(case, x, loss_of),
+        *peers.liger_linear_grpo(case, x),
         *peers.liger_scaled_ce(case, x, loss_of),
         *peers.cut_cross_entropy(case, x, loss_of),
     ]
@@ -61,7 +64,7 @@ def linear_logprob(case: Case) -> Problem:
     variants = [
         *ours(case, "linear_logprob", linear_values(x, loss_of), logits_dtypes(case)),
         *plain(case, x, loss_of),
-        peers.trl_chunked(case, x, loss_of),
+        *peers.trl_chunked(case, x, loss_of),
         *peers.liger_scaled_ce(case, x, loss_of),
         *peers.cut_cross_entropy(case, x, loss_of),
     ]
@@ -76,7 +79,7 @@ def linear_cross_entropy(case: Case) -> Problem:
     variants = [
         *ours(case, "linear_policy_loss", make, logits_dtypes(case)),
         *plain(case, x, loss_of),
-        peers.liger_linear_ce(case, x),
+        *peers.liger_linear_ce(case, x),
         *peers.liger_scaled_ce(case, x, loss_of),
         *peers.cut_cross_entropy(case, x, loss_of),
         peers.quack_linear_ce(case, x),
@@ -110,7 +113,7 @@ def sampling_mask_replay(case: Case) -> Problem:
     )
     variants = [*mine, *plain(case, x, loss_of, entropy=False)]
     flops = counts.replay_flops(case.n, case.d, KEPT)
-    n_bytes = counts.replay_bytes(case.n, case.d, case.v, KEPT, case.torch_dtype.itemsize)
+    n_bytes = counts.replay_bytes(case.n, case.d, case.v, KEPT, distinct_kept(x), case.torch_dtype.itemsize)
     return Problem(case, variants, lambda: reference(x, loss_of), flops, n_bytes, _ceilings(case))
 
 
@@ -135,13 +138,13 @@ def advantages(case: Case) -> Problem:
     variants = [
         *_ours_by_device(case, mine, "groups of any size; the baselines take equal groups only"),
         Variant("eager", "plain", call(plain_torch)),
-        Variant("torch.compile", "plain", call(compiled)),
+        Variant("torch.compile", "plain", call(compiled), note=COMPILED),
     ]
 
     def answer() -> Outputs:
         return {"advantages": plain_torch(rewards.double())}
 
-    return Problem(case, variants, answer, 0, counts.advantages_bytes(case.n), _ceilings(case))
+    return Problem(case, variants, answer, 0, counts.advantages_bytes(case.n, case.n // GROUP), _ceilings(case))
 
 
 def pad_selection(case: Case) -> Problem:
@@ -194,7 +197,7 @@ def gather_rows(case: Case) -> Problem:
         d_hidden = torch.zeros(case.n, case.d, dtype=torch.float64, device=case.device)
         return {"rows": hidden.detach()[rows], "d_hidden": d_hidden.index_add_(0, rows, upstream.double())}
 
-    n_bytes = counts.gather_bytes(case.n, case.d, case.torch_dtype.itemsize)
+    n_bytes = counts.gather_bytes(case.n, len(rows.unique()), case.d, case.torch_dtype.itemsize)
     return Problem(case, variants, answer, 0, n_bytes, {"copy": machine.copy_ceiling(case.device)})
 
 
@@ -231,6 +234,7 @@ OPS: dict[str, Callable[[Case], Problem]] = {
 }
 HEADLESS = {"policy_loss_from_logits", "group_advantages", "pad_selection"}  # have no D
 WORDLESS = {"group_advantages", "pad_selection", "gather_rows"}  # have no V
+UNGROUPED = {"pad_selection", "gather_rows"}  # take any N
 FP32_ONLY = {"group_advantages", "pad_selection"}
 
 SHAPES: dict[str, dict[str, list[tuple[int, int, int]]]] = {  # N, D, V
@@ -264,7 +268,10 @@ def cases(
     shape: tuple[int, int, int] | None = None,
     dtypes: Sequence[str] = (),
 ) -> list[Case]:
-    """The suite's cases, for the named ops (default all), one shape and some dtypes instead of its own."""
+    """The suite's cases, for the named ops (default all), one shape and some dtypes instead of its own.
+
+    Raises ValueError for a shape that an op cannot take, or if no case is left.
+    """
     device = "cpu" if suite == "cpu" else "cuda"
     out = []
     for op in ops or OPS:
@@ -272,4 +279,16 @@ def cases(
             sizes = (n, 0 if op in HEADLESS else d, 0 if op in WORDLESS else v)
             allowed = ["float32"] if op in FP32_ONLY else dtypes or DTYPES[suite]
             out += [Case(op, *sizes, dtype, device) for dtype in allowed]
+    if not out:
+        raise ValueError(f"no case of {', '.join(ops)} in the {suite} suite; give --shape N,D,V")
+    for case in out:
+        check(case)
     return out
+
+
+def check(case: Case) -> None:
+    """Raises ValueError for a shape that the op cannot take."""
+    if case.op not in UNGROUPED and case.n % SEQUENCES:
+        raise ValueError(f"{case.op} takes {SEQUENCES} completions of equal length: N = {case.n} is no multiple of it")
+    if case.op == "sampling_mask_replay" and case.v < 2 * KEPT:
+        raise ValueError(f"{case.op} keeps {KEPT} ids a row of a vocabulary of at least {2 * KEPT}; got V = {case.v}")

@@ -1,7 +1,7 @@
 """``python -m bench.report``: RESULTS.md and the roofline pictures from the rows in ``bench/results``.
 
-The newest row of each (device, case, variant) counts; a ratio is only formed within one run. On a CPU only ratios are
-printed: absolute times of a machine that nobody trains on say nothing.
+The newest run of each (device, case) counts, with all its variants; a ratio is only formed within one run. On a CPU
+only ratios are printed: absolute times of a machine that nobody trains on say nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.machine import ROOT, slug
+from bench.machine import ROOT, short, slug
 from bench.targets import targets
 
 Row = dict[str, Any]
@@ -31,13 +31,14 @@ def load(results: Path) -> list[Row]:
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """The newest row of each (device, threads aside, case, variant), in the order in which they were measured."""
-    found: dict[tuple[str, ...], Row] = {}
+    """The rows of the newest run of each (device, case), in the order in which they were measured."""
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        key = (row["device"], json.dumps(row["case"], sort_keys=True), row["variant"])
-        found.pop(key, None)
-        found[key] = row
-    return list(found.values())
+        key = (row["device"], json.dumps(row["case"], sort_keys=True))
+        if key in found and found[key][0]["run"] != row["run"]:
+            del found[key]
+        found.setdefault(key, []).append(row)
+    return [row for of_case in found.values() for row in of_case]
 
 
 def grouped(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
@@ -78,8 +79,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _cells(row: Row, base: Row | None, on_gpu: bool, gemm: bool) -> list[str]:
     median = row["median_s"]
-    same = base is not None and base["run"] == row["run"]
-    speed = f"{base['median_s'] / median:.2f}x" if same and base else "other run"
+    speed = f"{base['median_s'] / median:.2f}x" if base else "no baseline"
     cells = [_name(row), f"**{speed}**" if row["role"] == "ours" else speed]
     cells.append(f"{row['p20_s'] / median:.2f} to {row['p80_s'] / median:.2f}")
     cells.append(_memory(row["peak_bytes"]))
@@ -116,11 +116,10 @@ def provenance(rows: Sequence[Row]) -> str:
     out = []
     for run in dict.fromkeys(row["run"] for row in rows):
         row = next(row for row in rows if row["run"] == run)
-        rev = row["commit"]["rev"][:12] + (" with changes" if row["commit"]["dirty"] else "")
         kept = ", ".join(f"{name} {version}" for name, version in row["versions"].items() if version != "none")
         rounds = max((row.get("rounds", 0) for row in rows if row["run"] == run), default=0)
         where = f"{row['threads']} threads" if row["device_kind"] == "cpu" else row["device"]
-        out.append(f"{row['time'][:10]}, {where}, {rounds} interleaved rounds, commit {rev}; {kept}.")
+        out.append(f"{row['time'][:10]}, {where}, {rounds} interleaved rounds, commit {short(row['commit'])}; {kept}.")
     return " ".join(out)
 
 

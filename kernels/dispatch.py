@@ -8,11 +8,12 @@ import os
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def triton_problem(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on tensors of ``device``, or None. The interpreter runs them on CPUs."""
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "not installed: pip install triton"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None

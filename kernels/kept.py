@@ -210,7 +210,7 @@ def _check_form(sampling_mask: tuple[Tensor, Tensor], targets: Tensor) -> tuple[
             f"sampling_mask's indptr must be [N + 1] = [{len(targets) + 1}]; got [{len(indptr)}]: keep the sets of the "
             f"rows that are passed in, those with a target"
         )
-    return indptr.long(), indices.long()
+    return indptr.long().contiguous(), indices.long().contiguous()
 
 
 def _check_indptr(indptr: Tensor, nnz: int) -> None:

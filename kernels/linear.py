@@ -59,11 +59,11 @@ class Head:
         backend: str,
         saved: Tensor | None = None,  # [N, V] raw logits of an earlier pass, not to be overwritten
     ) -> None:
-        self.hidden, self.targets, self.transform, self.saved = hidden, targets, transform, saved
+        self.hidden, self.targets, self.transform, self.saved = hidden, targets.contiguous(), transform, saved
         self.weight = weight.to(hidden.dtype)
         self.stats = torch.promote_types(hidden.dtype, torch.float32)
         self.logits_dtype = torch.promote_types(logits_dtype, hidden.dtype)
-        self.bias = None if bias is None else bias.to(self.stats)
+        self.bias = None if bias is None else bias.to(self.stats).contiguous()
         self.n_rows, self.device, self.backend = len(hidden), hidden.device, backend
         self.size = rows_per_chunk(len(weight), hidden.dtype, hidden.device)
         self.buffers: dict[str, Tensor] = {}
@@ -191,8 +191,8 @@ def logprob(head: Head, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     return logp, entropy, saved
 
 
-def logprob_backward(head: Head, c: Tensor, e: Tensor | None, needs: Sequence[bool]) -> HeadGradient:
-    """Gradients for upstream ``c [N]`` and ``e [N]``; rows where both are 0 are left out."""
+def logprob_backward(head: Head, c: Tensor, e: Tensor | None, needs: Sequence[bool], skip: bool) -> HeadGradient:
+    """Gradients for upstream ``c [N]`` and ``e [N]``; with ``skip``, rows where both are 0 are left out."""
     sink = HeadGradient(head, needs)
-    backward(head, sink, slice(0, head.n_rows), c, e, skip=True)
+    backward(head, sink, slice(0, head.n_rows), c, e, skip)
     return sink

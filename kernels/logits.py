@@ -24,7 +24,7 @@ class Logits:
         backend: str,
         gradient: Tensor | None = None,  # [N, V]
     ) -> None:
-        self.logits, self.targets, self.transform, self.gradient = logits, targets, transform, gradient
+        self.logits, self.targets, self.transform, self.gradient = logits, targets.contiguous(), transform, gradient
         self.n_rows, self.device, self.backend = len(logits), logits.device, backend
         self.stats = torch.promote_types(logits.dtype, torch.float32)
         chunk = rows_per_chunk(logits.shape[1], logits.dtype, logits.device)

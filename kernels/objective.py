@@ -104,6 +104,8 @@ def token_objective(
     """(loss, c, e) of a row, aggregation weight included."""
     ratio = tl.exp(logp - old)
     loss, c = surrogate_loss(logp, ratio, advantage, clip_low, clip_high, dual_clip, delta, tau_pos, tau_neg, SURROGATE)
+    loss = tl.where(ratio == ratio, loss, ratio)  # minimum and maximum drop a nan
+    c = tl.where(ratio == ratio, c, ratio)
     if CORRECTION != 0:
         importance = rollout
         if CORRECTION != GIVEN:

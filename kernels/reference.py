@@ -34,19 +34,13 @@ class Transform:
     def rows(self, rows: slice | Tensor) -> Transform:
         return Transform(None if self.temperature is None else self.temperature[rows], self.softcap)
 
-    def slope(self, z: Tensor) -> Tensor:
-        """d(softcapped logit) / d(raw logit) of transformed logits ``[n, ...]``, which are overwritten."""
-        assert self.softcap is not None
-        if self.temperature is not None:
-            z.mul_(self.temperature[:, None])
-        return z.div_(self.softcap).square_().neg_().add_(1)
-
 
 class TorchChunk:
     """Logits ``[n, V]`` of the statistics' dtype, which become the probabilities and then the gradient in their place.
 
     What the gradient needs of the logits is taken back from the probabilities: where one underflows, so does its row's
-    entry of the gradient, but for the target's, of which the log-prob is kept.
+    entry of the gradient, but for the target's, of which the log-prob is kept. With a softcap the buffer holds its tanh
+    instead, so that the slope is as exact as autograd's.
     """
 
     def __init__(
@@ -56,51 +50,65 @@ class TorchChunk:
         transform: Transform,
         bias: Tensor | None = None,  # [V]
     ) -> None:
-        self.p, self.targets, self.transform = z, targets[:, None], transform
+        self.buffer, self.targets, self.transform = z, targets[:, None], transform
         self.logp, self.entropy, self.lse = (z.new_empty(len(z)) for _ in range(3))
-        scratch: Tensor | None = None
+        scratch: list[Tensor] = []
         for at in _blocks(z):
             if bias is not None:
                 z[at].add_(bias)
-            scratch = torch.empty_like(z[at]) if scratch is None else scratch
+            scratch = scratch or [torch.empty_like(z[at]) for _ in range(1 if transform.softcap is None else 2)]
             self._normalise(at, scratch)
 
-    def _normalise(self, at: slice, scratch: Tensor) -> None:
-        """Statistics and probabilities of a block; ``scratch`` is as large as any."""
-        z, transform = self.p[at], self.transform.rows(at)
+    def _normalise(self, at: slice, scratch: list[Tensor]) -> None:
+        """Statistics of a block; its logits become probabilities, or their tanh. ``scratch`` is as large as a block."""
+        z, transform = self.buffer[at], self.transform.rows(at)
         if transform.softcap is not None:
-            z.div_(transform.softcap).tanh_().mul_(transform.softcap)
+            z.div_(transform.softcap).tanh_()
+            z = torch.mul(z, transform.softcap, out=scratch[1][: len(z)])
         if transform.temperature is not None:
             z.div_(transform.temperature[:, None])
         top = z.amax(dim=1)
-        z.sub_(top[:, None]).clamp_(min=LOWEST)
-        p = torch.softmax(z, dim=1, out=scratch[: len(z)])
+        target = z.sub_(top[:, None]).gather(1, self.targets[at])[:, 0]
+        p = torch.softmax(z.clamp_(min=LOWEST), dim=1, out=scratch[0][: len(z)])
         log_total = p.amax(dim=1).log_().neg_()  # the largest is exp(0) / total
-        self.logp[at] = z.gather(1, self.targets[at])[:, 0] - log_total
+        self.logp[at] = target - log_total
         self.entropy[at] = log_total - z.mul_(p).sum(dim=1)
         self.lse[at] = top + log_total
-        z.copy_(p)
+        if transform.softcap is None:
+            z.copy_(p)
 
     def gradient(self, c: Tensor, e: Tensor | None, index: Tensor | None = None) -> Tensor:
         """See :class:`plan.Chunk`."""
         rows = slice(None) if index is None else index
-        p, transform, targets, logp = self.p[rows], self.transform.rows(rows), self.targets[rows], self.logp[rows, None]
-        entropy, lse, c = self.entropy[rows, None], self.lse[rows, None], c[rows, None]
-        e = None if e is None else e[rows, None]
+        out, transform, targets, logp = (
+            self.buffer[rows],
+            self.transform.rows(rows),
+            self.targets[rows],
+            self.logp[rows],
+        )
+        logp, entropy, lse = logp[:, None].clamp(min=LOWEST), self.entropy[rows, None], self.lse[rows, None]
+        c, e = c[rows, None], None if e is None else e[rows, None]
         if transform.temperature is not None:
             c, e = c / transform.temperature[:, None], None if e is None else e / transform.temperature[:, None]
         p_target = logp.exp()
         d_target = c - p_target * (c if e is None else c + e * (logp + entropy))
-        if transform.softcap is not None:
-            d_target.mul_(transform.slope(logp + lse))
-        for at in _blocks(p):
-            block = p[at]
-            log_p = None if e is None and transform.softcap is None else block.clamp(min=TINY[p.dtype]).log_()
-            block.mul_(-c[at] if e is None or log_p is None else (log_p + entropy[at]).mul_(-e[at]).sub_(c[at]))
-            if transform.softcap is not None and log_p is not None:
-                block.mul_(transform.rows(at).slope(log_p.add_(lse[at])))
+        for at in _blocks(out):
+            block, slope = out[at], None
+            if transform.softcap is not None:
+                slope = 1 - block.square()
+                p = block.mul_(transform.softcap)
+                if transform.temperature is not None:
+                    p.div_(transform.temperature[at, None])
+                p.sub_(lse[at]).exp_()
+            if e is None:
+                block.mul_(-c[at])
+            else:
+                log_p = block.clamp(min=TINY[block.dtype]).log_()
+                block.mul_(log_p.add_(entropy[at]).mul_(-e[at]).sub_(c[at]))
             block.scatter_(1, targets[at], d_target[at])
-        return p
+            if slope is not None:
+                block.mul_(slope)
+        return out
 
 
 def _blocks(z: Tensor) -> list[slice]:

@@ -23,30 +23,41 @@ from revisual_fast.kernels.reference import Transform
 LOWEST = tl.constexpr(-1e30)  # stands for minus infinity, so that p log p is 0 and not nan
 
 
+ROW_VECTORS = ["target_ptr", "temperature_ptr", "logp_ptr", "entropy_ptr", "top_ptr", "total_ptr", "c_ptr", "e_ptr"]
+TOKEN_VECTORS = ["loss_ptr", "advantage_ptr", "old_ptr", "ref_ptr", "rollout_ptr", "weight_ptr"]
+"""``[n]`` vectors begin wherever a chunk does: their alignment is no reason to compile again."""
+
+
 @triton.jit
 def tanh(x):
-    """To a few units in the last place: a Taylor polynomial near 0, where the quotient would cancel."""
+    """(tanh, its derivative), neither with cancellation: near 0 a Taylor polynomial stands for the quotient."""
     y = x * x
     near = 62.0 / 2835.0 + y * (-1382.0 / 155925.0 + y * (21844.0 / 6081075.0))
     near = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * near))))
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
-    return tl.where(y < 0.0625, near, tl.where(x < 0, -far, far))
+    return tl.where(y < 0.0625, near, tl.where(x < 0, -far, far)), 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit
 def load_logits(z_ptr, bias_ptr, cols, V, temperature, softcap):
-    """(z, tanh) of some columns of a row; columns beyond V are minus infinity."""
+    """(z, slope of the softcap) of some columns of a row; columns beyond V are minus infinity."""
     z = tl.load(z_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-    t = z
+    slope = z
     if softcap is not None:
-        t = tanh(z / softcap)
+        t, slope = tanh(z / softcap)
         z = tl.where(cols < V, softcap * t, z)
     if temperature is not None:
         z = z / temperature
-    return z, t
+    return z, slope
+
+
+@triton.jit
+def at_least_lowest(z):
+    """``z``, or a finite stand-in for minus infinity; nan stays nan, which ``maximum`` would drop."""
+    return tl.where(z < LOWEST, LOWEST, z)
 
 
 @triton.jit
@@ -67,15 +78,17 @@ def row_statistics(
         cols = start + tl.arange(0, BLOCK)
         z, _ = load_logits(z_ptr, bias_ptr, cols, V, temperature, softcap)
         top = tl.maximum(m, tl.max(z, 0))
-        d = tl.maximum(z - top, LOWEST)
+        d = at_least_lowest(z - top)
         p = tl.exp(d)
         shrink = tl.exp(m - top)
         w = (w + s * (m - top)) * shrink + tl.sum(p * d, 0)
         s = s * shrink + tl.sum(p, 0)
         m = top
     log_total = tl.log(s)
-    y, _ = load_logits(z_ptr, bias_ptr, target, V, temperature, softcap)
-    return (y - m) - log_total, log_total - w / s, m, log_total
+    inside = (target >= 0) & (target < V)
+    y, _ = load_logits(z_ptr, bias_ptr, tl.where(inside, target, 0), V, temperature, softcap)
+    logp = tl.where(inside, (y - m) - log_total, float("nan"))  # the host may not look at the targets: be loud
+    return logp, log_total - w / s, m, log_total
 
 
 @triton.jit
@@ -102,8 +115,8 @@ def row_gradient(
     tiles = tl.cdiv(V, BLOCK)
     for i in range(0, tiles):
         cols = (tiles - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        z, t = load_logits(z_ptr, bias_ptr, cols, V, temperature, softcap)
-        log_p = tl.maximum(z - top, LOWEST) - log_total
+        z, slope = load_logits(z_ptr, bias_ptr, cols, V, temperature, softcap)
+        log_p = at_least_lowest(z - top) - log_total
         p = tl.exp(log_p)
         if e is not None:
             g = -p * (c + e * (log_p + entropy))
@@ -111,11 +124,11 @@ def row_gradient(
             g = -p * c
         g = tl.where(cols == target, g + c, g)
         if softcap is not None:
-            g *= 1.0 - t * t
+            g *= slope
         tl.store(out_ptr + cols, g.to(out_ptr.dtype.element_ty), mask=cols < V)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=ROW_VECTORS)
 def statistics_kernel(
     z_ptr,
     z_stride,
@@ -143,7 +156,7 @@ def statistics_kernel(
     tl.store(total_ptr + row, log_total)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=ROW_VECTORS)
 def gradient_kernel(
     z_ptr,
     z_stride,
@@ -184,7 +197,7 @@ def gradient_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=ROW_VECTORS + TOKEN_VECTORS)
 def loss_kernel(
     z_ptr,
     z_stride,
@@ -285,6 +298,7 @@ class TritonChunk:
     ) -> None:
         self.z, self.targets, self.transform, self.bias, self.out = z, targets, transform, bias, out
         self.dtype = dtype
+        _check_layout(z, targets, transform.temperature, bias, out)
         self.logp, self.entropy, self.top, self.log_total = _vectors(z, 4)
         if len(z):
             statistics_kernel[(len(z),)](
@@ -334,7 +348,8 @@ def solve(
     if plan.inline is None:
         chunk = TritonChunk(z, targets, transform, bias, out, dtype)
         return chunk, *plan.gradients(chunk.logp, chunk.entropy, part)
-    o, dz = plan.inline, torch.empty_like(z, dtype=dtype) if out is None else out
+    o, dz = plan.inline, z.new_empty(z.shape, dtype=dtype) if out is None else out
+    _check_layout(z, targets, transform.temperature, bias, out, *o.vectors(part.rows))
     logp, entropy, loss, c, e = _vectors(z, 5)
     if len(z):
         loss_kernel[(len(z),)](
@@ -348,6 +363,10 @@ def solve(
             **_launch(z),
         )
     return SolvedChunk(logp, entropy, dz), loss.sum(), c, e if o.has_entropy else None
+
+
+def _check_layout(*tensors: Tensor | None) -> None:
+    assert all(t is None or t.stride(-1) == 1 or t.shape[-1] == 1 for t in tensors), "rows and vectors are contiguous"
 
 
 def _vectors(z: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -7,7 +7,8 @@ its ``key``. ``tokens`` are the fields of a TokenBatch in their order. Gradients
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -38,7 +39,16 @@ class FusedOp:
         self.register_fake = self.op.register_fake
 
     def __call__(self, *args: Any) -> Any:
-        return self.op(*args) if torch.compiler.is_compiling() else self.function(*args)
+        traced = torch.compiler.is_compiling() and not any(callable(argument) for argument in args)
+        return self.op(*args) if traced else self.function(*args)
+
+
+@contextmanager
+def _settled(rows: Tensor) -> Iterator[None]:
+    """Autocast has no say in the computation, and kernels and events go to the device of ``rows``."""
+    device = torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
+    with torch.autocast(rows.device.type, enabled=False), device:
+        yield
 
 
 def _objective(objective: Any) -> Objective:
@@ -52,7 +62,7 @@ def _batch(tokens: Sequence[Tensor | None]) -> TokenBatch:
 
 def make_plan(objective: Objective, tokens: TokenBatch, rows: Tensor, skip: bool) -> tuple[TokenBatch, Plan]:
     """The batch, expanded and checked, and what the kernels need to know of the objective."""
-    n_rows, dtype = len(rows), torch.promote_types(rows.dtype, torch.float32)
+    n_rows, dtype = rows.shape[0], torch.promote_types(rows.dtype, torch.float32)
     cu, boundaries = tokens.cu_seqlens, None
     if isinstance(objective, PolicyObjective):
         tokens, scope = objective.prepare(tokens, n_rows, dtype, rows.device)
@@ -82,6 +92,7 @@ def _inline(objective: Objective, tokens: TokenBatch, scope: str) -> Inline | No
     given = tokens.importance if o.rollout_correction is not None else None
     infinite = float("inf")
     bounds = (o.clip_low, o.clip_high, *(infinite if b is None else b for b in (o.dual_clip, o.delta)))
+    numbers = (*bounds, o.sapo_tau_pos, o.sapo_tau_neg, o.kl_coef, o.entropy_coef, o.rollout_cap)
     return Inline(
         surrogate=str(o.surrogate),
         kl=o.kl if o.kl_coef != 0 else None,
@@ -93,7 +104,7 @@ def _inline(objective: Objective, tokens: TokenBatch, scope: str) -> Inline | No
         ref_logp=tokens.ref_logp if o.kl_coef != 0 else None,
         rollout=tokens.rollout_logp if given is None and o.rollout_correction is not None else given,
         weight=tokens.weight,
-        numbers=(*bounds, o.sapo_tau_pos, o.sapo_tau_neg, o.kl_coef, o.entropy_coef, o.rollout_cap),
+        numbers=tuple(float(number) for number in numbers),
     )
 
 
@@ -102,12 +113,16 @@ def statistics_dtype(rows: Tensor) -> torch.dtype:
     return torch.promote_types(rows.dtype, torch.float32)
 
 
-def _or_empty(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+def _or_empty(
+    gradients: Sequence[Tensor | None], hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (hidden, weight, hidden if bias is None else bias)
+    made = [like.new_empty(0) if g is None else g for g, like in zip(gradients, inputs, strict=True)]
+    return made[0], made[1], made[2]
 
 
 def _temperature(transform: Transform, rows: Tensor) -> Tensor:
-    ones = torch.ones(len(rows), dtype=statistics_dtype(rows), device=rows.device)
+    ones = torch.ones(rows.shape[0], dtype=statistics_dtype(rows), device=rows.device)
     return ones if transform.temperature is None else transform.temperature
 
 
@@ -120,7 +135,7 @@ def _like_hidden(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty gradients of the right shapes and dtypes, for the fakes."""
     inputs = (hidden, weight, hidden if bias is None else bias)
-    made = [torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needs, strict=True)]
+    made = [t.new_empty(t.shape if need else 0) for t, need in zip(inputs, needs, strict=True)]
     return made[0], made[1], made[2]
 
 
@@ -145,19 +160,19 @@ def linear_policy_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, logp ``[N]``, entropy ``[N]``, metrics ``[M]``, dX ``[N, D]``, dW ``[V, D]``, db ``[V]``."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _settled(hidden):
         goal = _objective(objective)
         batch, plan = make_plan(goal, _batch(tokens), hidden, skip)
         transform = Transform(temperature, softcap)
         if mask_indptr is not None and mask_indices is not None:
-            mask = kept_rows.make_kept((mask_indptr, mask_indices), targets, len(weight))
+            mask = kept_rows.make_kept((mask_indptr, mask_indices), targets, weight.shape[0])
             out, gradients = _kept_policy_loss(hidden, weight, bias, targets, transform, mask, plan, needs, backend)
         else:
             head = linear.Head(hidden, weight, bias, targets, transform, getattr(torch, logits_dtype), backend)
             out, sink = linear.policy_loss(head, plan, needs)
             gradients = (None, None, None) if sink is None else sink.results(weight, bias)
         loss, logp, entropy = out
-        return loss, logp, entropy, _metrics(goal, logp, entropy, batch), *_or_empty(gradients, hidden)  # type: ignore[return-value]
+        return loss, logp, entropy, _metrics(goal, logp, entropy, batch), *_or_empty(gradients, hidden, weight, bias)
 
 
 @linear_policy_loss.register_fake
@@ -167,7 +182,7 @@ def _(
 ):  # fmt: skip
     loss, rows = (
         hidden.new_empty((), dtype=statistics_dtype(hidden)),
-        hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden)),
+        hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden)),
     )
     metrics = loss.new_empty(len(metric_names(_objective(objective), _batch(tokens))))
     return loss, rows, torch.empty_like(rows), metrics, *_like_hidden(hidden, weight, bias, needs)
@@ -186,7 +201,7 @@ def _kept_policy_loss(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
     z = kept_rows.kept_logits(hidden, weight, bias, mask, statistics_dtype(hidden), backend)
     statistics = kept_rows.kept_statistics(z, targets, mask, _temperature(transform, hidden), transform.softcap)
-    loss, c, e = plan.gradients(statistics.logp, statistics.entropy, Part(slice(0, len(hidden))))
+    loss, c, e = plan.gradients(statistics.logp, statistics.entropy, Part(slice(0, hidden.shape[0])))
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if any(needs):
         dz = kept_rows.kept_gradient(statistics, mask, c, e)
@@ -229,10 +244,10 @@ def linear_logprob(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp ``[N]``, entropy ``[N]`` and what the backward pass may use again: logits ``[N, V]``, or nothing."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _settled(hidden):
         transform = Transform(temperature, softcap)
         if mask_indptr is not None and mask_indices is not None:
-            mask = kept_rows.make_kept((mask_indptr, mask_indices), targets, len(weight))
+            mask = kept_rows.make_kept((mask_indptr, mask_indices), targets, weight.shape[0])
             z = kept_rows.kept_logits(hidden, weight, bias, mask, statistics_dtype(hidden), backend)
             of = (_temperature(transform, hidden), softcap)
             statistics = kept_rows.kept_statistics(z, targets, mask, *of)
@@ -246,11 +261,11 @@ def linear_logprob(
 def _(
     hidden, weight, bias, targets, temperature, softcap, mask_indptr, mask_indices, logits_dtype, keep, backend
 ):  # fmt: skip
-    rows = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden))
+    rows = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden))
     dtype = torch.promote_types(getattr(torch, logits_dtype), hidden.dtype)
     saved = hidden.new_empty(0)
-    if keep and mask_indptr is None and linear.fits(len(hidden), len(weight), dtype, hidden.device):
-        saved = hidden.new_empty((len(hidden), len(weight)), dtype=dtype)
+    if keep and mask_indptr is None and linear.fits(hidden.shape[0], weight.shape[0], dtype, hidden.device):
+        saved = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=dtype)
     return rows, torch.empty_like(rows), saved
 
 
@@ -269,28 +284,30 @@ def linear_logprob_backward(
     saved: Tensor,
     logits_dtype: str,
     needs: Sequence[bool],
+    skip: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX ``[N, D]``, dW ``[V, D]``, db ``[V]`` for the upstream gradients of logp and entropy."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _settled(hidden):
         transform = Transform(temperature, softcap)
         if mask_indptr is not None and mask_indices is not None:
-            mask = kept_rows.make_kept((mask_indptr, mask_indices), targets, len(weight))
+            mask = kept_rows.make_kept((mask_indptr, mask_indices), targets, weight.shape[0])
             z = kept_rows.kept_logits(hidden, weight, bias, mask, statistics_dtype(hidden), backend)
             of = (_temperature(transform, hidden), softcap)
             statistics = kept_rows.kept_statistics(z, targets, mask, *of)
             dz = kept_rows.kept_gradient(statistics, mask, d_logp, d_entropy)
-            return _or_empty(_kept_backward(dz, hidden, weight, bias, mask, needs, backend), hidden)  # type: ignore[return-value]
+            gradients = _kept_backward(dz, hidden, weight, bias, mask, needs, backend)
+            return _or_empty(gradients, hidden, weight, bias)
         dtype, logits_of = getattr(torch, logits_dtype), saved if saved.ndim == 2 else None
         head = linear.Head(hidden, weight, bias, targets, transform, dtype, backend, logits_of)
-        sink = linear.logprob_backward(head, d_logp, d_entropy, needs)
-        return _or_empty(sink.results(weight, bias), hidden)  # type: ignore[return-value]
+        sink = linear.logprob_backward(head, d_logp, d_entropy, needs, skip)
+        return _or_empty(sink.results(weight, bias), hidden, weight, bias)
 
 
 @linear_logprob_backward.register_fake
 def _(
     d_logp, d_entropy, hidden, weight, bias, targets, temperature, softcap, mask_indptr, mask_indices, saved,
-    logits_dtype, needs, backend,
+    logits_dtype, needs, skip, backend,
 ):  # fmt: skip
     return _like_hidden(hidden, weight, bias, needs)
 
@@ -308,7 +325,7 @@ def _from_logits(
     backend: str,
     gradient: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(rows.device.type, enabled=False):
+    with _settled(rows):
         goal = _objective(objective)
         batch, plan = make_plan(goal, _batch(tokens), rows, skip=False)  # every row of the gradient has to be written
         if mask is None:
@@ -329,7 +346,7 @@ def _kept_from_logits(
     mask = kept_rows.make_kept(sampling_mask, targets, rows.shape[1])
     z = kept_rows.kept_from_logits(rows, mask, statistics_dtype(rows))
     statistics = kept_rows.kept_statistics(z, targets, mask, _temperature(transform, rows), transform.softcap)
-    loss, c, e = plan.gradients(statistics.logp, statistics.entropy, Part(slice(0, len(rows))))
+    loss, c, e = plan.gradients(statistics.logp, statistics.entropy, Part(slice(0, rows.shape[0])))
     if gradient is not None:
         gradient.zero_()
         kept_rows.kept_scatter(kept_rows.kept_gradient(statistics, mask, c, e), mask, gradient)
@@ -354,7 +371,7 @@ def policy_loss_from_logits(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, logp ``[N]``, entropy ``[N]``, metrics ``[M]`` and the gradient of the logits ``[N, V]``, if needed."""
-    gradient = torch.empty_like(rows) if needs_gradient else None
+    gradient = rows.new_empty(rows.shape) if needs_gradient else None
     mask = _pair(mask_indptr, mask_indices)
     out = _from_logits(rows, targets, Transform(temperature, softcap), mask, tokens, objective, backend, gradient)
     return *out, rows.new_empty(0) if gradient is None else gradient
@@ -364,7 +381,7 @@ def policy_loss_from_logits(
 def _(
     rows, targets, temperature, softcap, mask_indptr, mask_indices, tokens, objective, needs_gradient, backend
 ):  # fmt: skip
-    gradient = torch.empty_like(rows) if needs_gradient else rows.new_empty(0)
+    gradient = rows.new_empty(rows.shape if needs_gradient else 0)
     return *_fake_from_logits(rows, tokens, objective), gradient
 
 
@@ -393,7 +410,7 @@ def _(rows, targets, temperature, softcap, mask_indptr, mask_indices, tokens, ob
 def _fake_from_logits(rows: Tensor, tokens: Sequence[Tensor | None], objective: str) -> tuple[Tensor, ...]:
     loss, vector = (
         rows.new_empty((), dtype=statistics_dtype(rows)),
-        rows.new_empty(len(rows), dtype=statistics_dtype(rows)),
+        rows.new_empty(rows.shape[0], dtype=statistics_dtype(rows)),
     )
     metrics = loss.new_empty(len(metric_names(_objective(objective), _batch(tokens))))
     return loss, vector, torch.empty_like(vector), metrics

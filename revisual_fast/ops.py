@@ -97,23 +97,25 @@ def linear_logprob(
     softcap: float | None = None,
     sampling_mask: SamplingMask | None = None,  # ([N+1], [nnz])
     logits_dtype: str | torch.dtype = "float32",
+    skip_inactive: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each row, ``[N]`` fp32 each (fp64 for fp64 inputs), in nats.
 
     Differentiable in both outputs with respect to hidden, weight and bias: 6 N D V FLOPs if the logits fit in the byte
     budget ``kernels.plan.SAVED_BYTES`` and are kept, else they are computed again for the rows whose upstream gradient
-    is not 0. ``logits_dtype``: "float32" multiplies 16-bit operands with an fp32 result; "bfloat16" rounds the logits
-    to bf16 first, which is faster and up to 6% off on a ratio. A weight wider than hidden is rounded to hidden's dtype
-    for the products and gets its gradient in its own. ``sampling_mask = (indptr, indices)`` holds the ids that top-p or
-    top-k sampling kept for each row, in CSR form: log-prob and entropy are then those of the renormalised
-    distribution, from its columns only. Targets are checked to lie in ``[0, V)`` on the CPU only, where that costs no
-    sync. Raises ValueError for shapes or dtypes that do not fit.
+    is not 0 (``skip_inactive``, as for :func:`linear_policy_loss`). ``logits_dtype``: "float32" multiplies 16-bit
+    operands with an fp32 result; "bfloat16" rounds the logits to bf16 first, which is faster and up to 6% off on a
+    ratio. A weight wider than hidden is rounded to hidden's dtype for the products and gets its gradient in its own.
+    ``sampling_mask = (indptr, indices)`` holds the ids that top-p or top-k sampling kept for each row, in CSR form:
+    log-prob and entropy are then those of the renormalised distribution, from its columns only. Targets are checked to
+    lie in ``[0, V)`` on the CPU only, where that costs no sync. Raises ValueError for shapes or dtypes that do not fit.
     """
     backend = resolve_backend("linear_logprob", backend, hidden)
     logits_dtype = _check_head(hidden, weight, targets, bias, logits_dtype)
     tensors = (hidden, weight, bias, targets, _temperature(temperature, hidden), *_mask(sampling_mask))
-    return _LinearLogprob.apply(*tensors, _softcap(softcap), logits_dtype, backend, any(_needs(hidden, weight, bias)))
+    settings = (_softcap(softcap), logits_dtype, backend, skip_inactive, any(_needs(hidden, weight, bias)))
+    return _LinearLogprob.apply(*tensors, *settings)
 
 
 def linear_policy_loss(
@@ -135,20 +137,21 @@ def linear_policy_loss(
 
     6 N D V FLOPs, 4 with a frozen weight, 2 without gradient. A sequence-level objective takes 6 as well where
     ``tokens.cu_seqlens`` lies on the CPU, so that whole sequences can be put into a chunk; a sequence longer than a
-    chunk, and an objective that is the caller's own function over more rows than a chunk has, take 8.
-    ``skip_inactive`` drops rows whose gradient is exactly 0 before the gradient products. ``objective`` may be any
-    callable ``(logp [N], entropy [N], tokens) -> scalar``. With ``sampling_mask`` the objective may contain neither a
-    KL nor an entropy term: both are defined over the full vocabulary. No rows: loss 0, zero gradients, metrics 0.
-    Arguments as for :func:`linear_logprob`. Raises ValueError also where ``tokens`` lacks what the objective needs.
+    chunk, and an objective that is the caller's own function over more rows than a chunk has, take 8. ``skip_inactive``
+    drops rows whose gradient is exactly 0 before the gradient products; on CUDA the host then waits for a count of each
+    chunk, while the device works on the next one (``False``: no wait at all). ``objective`` may be any callable ``(logp
+    [N], entropy [N], tokens) -> scalar``. With ``sampling_mask`` the objective may contain neither a KL nor an entropy
+    term: both are defined over the full vocabulary. No rows: loss 0, zero gradients, metrics 0. Arguments as for
+    :func:`linear_logprob`. Raises ValueError also where ``tokens`` lacks what the objective needs.
     """
     backend = resolve_backend("linear_policy_loss", backend, hidden)
     logits_dtype = _check_head(hidden, weight, targets, bias, logits_dtype)
-    _check_tokens(tokens)
+    _check_tokens(tokens, hidden)
     _check_objective(objective, sampling_mask)
     inputs = (hidden, weight, bias)
     if torch.compiler.is_compiling() and not _key(objective):
         shared: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "backend": backend}
-        shared |= {"sampling_mask": sampling_mask, "logits_dtype": logits_dtype}
+        shared |= {"sampling_mask": sampling_mask, "logits_dtype": logits_dtype, "skip_inactive": skip_inactive}
         return _traced(objective, tokens, *linear_logprob(hidden, weight, targets, **shared))
     loss, logp, entropy, metrics, *gradients = library.linear_policy_loss(
         *(_detached(t) for t in inputs),
@@ -191,9 +194,9 @@ def policy_loss_from_logits(
         raise ValueError(f"logits must be [N, V]; got {list(logits.shape)}: flatten the batch, keep rows with a target")
     _check_dtype("logits", logits)
     _check_targets(targets, logits, logits.shape[1])
-    _check_tokens(tokens)
+    _check_tokens(tokens, logits)
     _check_objective(objective, sampling_mask)
-    (needed, *_), rows = _needs(logits), logits.detach()
+    (needed, *_), rows = _needs(logits), _with_contiguous_rows(logits.detach(), inplace)
     transform = (_temperature(temperature, logits), _softcap(softcap), *_mask(sampling_mask))
     if torch.compiler.is_compiling() and not _key(objective):
         raise ValueError("under torch.compile the objective of policy_loss_from_logits must be a built-in one")
@@ -202,6 +205,8 @@ def policy_loss_from_logits(
     if inplace and needed:
         loss, logp, entropy, metrics = library.policy_loss_from_logits_(*of, backend)
         gradient = rows
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(rows)  # a kernel's writes are not seen by autograd otherwise
     else:
         loss, logp, entropy, metrics, gradient = library.policy_loss_from_logits(*of, needed, backend)
     loss = _attach(loss, (logits,), (gradient,), inplace)
@@ -235,18 +240,18 @@ def _attach(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[T
 def _scaled(gradient: Tensor, by: Tensor, inplace: bool) -> Tensor:
     """``gradient * by``, the scalar not rounded to the gradient's dtype: on CUDA it has to promote, as ``[1]``."""
     by = by.reshape(1) if gradient.is_cuda else by
-    return torch.mul(gradient, by, out=gradient if inplace else torch.empty_like(gradient))
+    return torch.mul(gradient, by, out=gradient if inplace else gradient.new_empty(gradient.shape))
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, softcap, logits_dtype, backend, keep = args
+        *tensors, softcap, logits_dtype, backend, skip, keep = args
         hidden, weight, bias, targets, temperature, indptr, indices = tensors
         of = (hidden, weight, bias, targets, temperature, softcap, indptr, indices, logits_dtype)
         logp, entropy, saved = library.linear_logprob(*of, keep, backend)
         ctx.save_for_backward(*tensors, saved)
-        ctx.options = (softcap, logits_dtype, backend)
+        ctx.options = (softcap, logits_dtype, backend, skip)
         ctx.set_materialize_grads(False)
         return logp, entropy
 
@@ -254,13 +259,13 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, temperature, indptr, indices, saved = ctx.saved_tensors
-        softcap, logits_dtype, backend = ctx.options
+        softcap, logits_dtype, backend, skip = ctx.options
         needs = list(ctx.needs_input_grad[:3])
         if d_logp is None:
             d_logp = torch.zeros(len(hidden), dtype=library.statistics_dtype(hidden), device=hidden.device)
         of = (hidden, weight, bias, targets, temperature, softcap, indptr, indices, saved, logits_dtype)
-        out = library.linear_logprob_backward(d_logp, d_entropy, *of, needs, backend)
-        return *(g if need else None for g, need in zip(out, needs, strict=True)), *(None for _ in range(8))
+        out = library.linear_logprob_backward(d_logp, d_entropy, *of, needs, skip, backend)
+        return *(g if need else None for g, need in zip(out, needs, strict=True)), *(None for _ in range(9))
 
 
 def _traced(objective: Objective, tokens: TokenBatch, logp: Tensor, entropy: Tensor) -> PolicyLoss:
@@ -289,6 +294,14 @@ def _key(objective: Objective) -> str:
     return objective.key if isinstance(objective, PolicyObjective) else ""
 
 
+def _with_contiguous_rows(logits: Tensor, inplace: bool) -> Tensor:
+    if logits.stride(1) == 1 or logits.shape[1] == 1:
+        return logits
+    if inplace:
+        raise ValueError(f"inplace=True needs logits whose rows are contiguous; strides are {logits.stride()}")
+    return logits.contiguous()
+
+
 def _needs(*inputs: Tensor | None) -> list[bool]:
     return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
 
@@ -312,6 +325,8 @@ def _check_head(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, logits_dtype: str | torch.dtype
 ) -> str:
     """Raises ValueError for what does not fit; returns the name of ``logits_dtype``."""
+    if weight is not None and isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) == 0:
+        raise ValueError("weight must be [V, D] with V > 0; got an empty vocabulary")
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [N, D]; got {list(hidden.shape)}: flatten the batch, keep rows with a target")
     if not isinstance(weight, Tensor):
@@ -361,13 +376,19 @@ def _check_targets(targets: Tensor, rows: Tensor, vocab: int) -> None:
         raise ValueError(f"targets must lie in [0, {vocab}); drop the rows without a target: hidden[targets >= 0]")
 
 
-def _check_tokens(tokens: TokenBatch) -> None:
+def _check_tokens(tokens: TokenBatch, rows: Tensor) -> None:
     if not isinstance(tokens, TokenBatch):
         raise ValueError(f"tokens must be a TokenBatch; got {type(tokens).__name__}: TokenBatch(advantages, ...)")
     for name in library.TOKEN_FIELDS:
         value = getattr(tokens, name)
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(f"tokens.{name} must be a tensor; got {type(value).__name__}: torch.tensor(...)")
+    if rows.dtype == torch.float16 and tokens.weight is None and torch.is_grad_enabled():
+        raise ValueError(
+            "the fp16 gradient is made with the loss, before a GradScaler could scale it, and would underflow: pass "
+            "the scale in tokens.weight (aggregation_weights(...) * scaler.get_scale()) and do not scale the loss; or "
+            "use bf16, or linear_logprob"
+        )
 
 
 def check_objective(objective: Objective) -> Objective:
@@ -406,4 +427,4 @@ def _temperature(temperature: float | Tensor, rows: Tensor) -> Tensor | None:
 def _softcap(softcap: float | None) -> float | None:
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0, or None; got {softcap!r}")
-    return softcap
+    return None if softcap is None else float(softcap)

@@ -269,9 +269,16 @@ def loss_gradients(
     Every objective reduces to these two numbers a row, whatever the backend. Raises ValueError if a user's objective
     does not return a scalar.
     """
-    with torch.enable_grad():
-        logp, entropy = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
-        loss = objective(logp, entropy, tokens)
+    # Hooks of whoever calls, activation checkpointing above all, have no business with this small graph.
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x), torch.enable_grad():
+        return _loss_gradients(objective, logp, entropy, tokens)
+
+
+def _loss_gradients(
+    objective: Objective, logp: Tensor, entropy: Tensor, tokens: TokenBatch
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    logp, entropy = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
+    loss = objective(logp, entropy, tokens)
     if loss.ndim != 0:
         raise ValueError(f"an objective must return a scalar loss; got {list(loss.shape)}: sum it with tokens.weight")
     if not loss.requires_grad:

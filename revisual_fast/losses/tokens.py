@@ -17,7 +17,7 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 class TokenBatch:
     """What an objective knows about the rows besides their logits. All of it is constant: no gradient flows into it."""
 
-    advantages: Tensor | None  # [N], or [S] with cu_seqlens; None only where the surrogate has none ("sft")
+    advantages: Tensor | None  # [N], or [S] with cu_seqlens (meant if N = S); None only for surrogate "sft"
     old_logp: Tensor | None = None  # [N] or None = on-policy: old := detach(logp), so the ratio is exactly 1
     ref_logp: Tensor | None = None  # [N] log-probs of the reference policy, needed by kl_coef != 0
     rollout_logp: Tensor | None = None  # [N] log-probs of the inference engine, needed by rollout_correction
@@ -37,7 +37,7 @@ class TokenBatch:
         cu, sequences = self.cu_seqlens, None
         if cu is not None:
             _check_cu_seqlens(cu, n_rows)
-            cu, sequences = cu.to(device, non_blocking=True), (len(cu) - 1,)
+            cu, sequences = cu.to(device, non_blocking=True).contiguous(), (len(cu) - 1,)
         out: dict[str, Tensor] = {}
         for name in self._row_fields():
             value = getattr(self, name).detach().to(device=device, dtype=dtype, non_blocking=device.type == "cuda")
@@ -46,7 +46,7 @@ class TokenBatch:
             if value.shape != (n_rows,):
                 shapes = f"[{n_rows}] (or [S] with cu_seqlens)" if name == "advantages" else f"[{n_rows}]"
                 raise ValueError(f"tokens.{name} must be {shapes}, one value a row; got {list(value.shape)}")
-            out[name] = value
+            out[name] = value.contiguous()
         return replace(self, cu_seqlens=cu, **out)
 
     def rows(self, rows: slice) -> TokenBatch:
@@ -69,7 +69,7 @@ class TokenBatch:
 def _check_cu_seqlens(cu_seqlens: Tensor, n_rows: int) -> None:
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"tokens.cu_seqlens must be [S+1] int32; got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
-    if cu_seqlens.device.type != "cpu":
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != n_rows or (cu_seqlens.diff() < 0).any():
         raise ValueError(f"tokens.cu_seqlens must rise from 0 to N = {n_rows}; got {cu_seqlens.tolist()}")

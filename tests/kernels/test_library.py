@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from revisual_fast import (
     LinearLogprob,
@@ -20,6 +21,7 @@ from revisual_fast import (
     linear_policy_loss,
     policy_loss_from_logits,
 )
+from revisual_fast.kernels import plan
 from tests.numerics import count_gemm_flops, grads, make, make_tokens
 
 OBJECTIVES = {
@@ -27,6 +29,9 @@ OBJECTIVES = {
     "gspo": PolicyObjective.preset("gspo", clip_low=9.0, clip_high=9.0),
     "corrected": PolicyObjective(rollout_correction="truncate", rollout_level="sequence"),
 }
+
+
+PLAIN = PolicyObjective()
 
 
 def inputs(requires_grad: bool = True) -> tuple[Tensor, Tensor, Tensor, TokenBatch]:
@@ -119,6 +124,44 @@ def test_inductor() -> None:
     torch.testing.assert_close(grads(compiled, hidden, weight), grads(step(hidden, weight), hidden, weight))
 
 
+def test_lengths_do_not_recompile() -> None:
+    """Two compilations, for one length and for any, of every op."""
+    compilations = 0
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    def step(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, which: str) -> Tensor:
+        if which == "logprob":
+            return linear_logprob(hidden, weight, targets)[0].sum()
+        if which == "logits":
+            return policy_loss_from_logits(hidden @ weight.T, targets, TokenBatch(advantages), PLAIN).loss
+        return linear_policy_loss(hidden, weight, targets, TokenBatch(advantages), PLAIN).loss
+
+    for which in ("loss", "logprob", "logits"):
+        torch.compiler.reset()
+        compilations, compiled = 0, torch.compile(step, fullgraph=True, backend=backend)
+        for n in (5, 9, 14, 33, 21):
+            x = make(n, dtype=torch.float32)
+            loss = compiled(x["hidden"], x["weight"], x["targets"], torch.ones(n), which)
+            torch.testing.assert_close(loss, step(x["hidden"], x["weight"], x["targets"], torch.ones(n), which))
+        assert compilations == 2, which
+
+
+def test_columns_first_under_inductor() -> None:
+    hidden, weight, targets, tokens = inputs()
+
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        logp, _ = linear_logprob(hidden, weight, targets)
+        return linear_policy_loss(hidden, weight, targets, tokens, OBJECTIVES["grpo"]).loss + logp.sum()
+
+    turned = (hidden.detach().T.contiguous().T.requires_grad_(), weight.detach().T.contiguous().T.requires_grad_())
+    loss = torch.compile(step, fullgraph=True)(*turned)
+    torch.testing.assert_close(grads(loss, *turned), grads(step(hidden, weight), hidden, weight))
+
+
 def arguments(name: str, with_mask: bool) -> tuple[Any, ...]:
     hidden, weight, targets, tokens = inputs(requires_grad=False)
     key, of = OBJECTIVES["grpo"].key, [getattr(tokens, field) for field in library.TOKEN_FIELDS]
@@ -130,7 +173,16 @@ def arguments(name: str, with_mask: bool) -> tuple[Any, ...]:
     return {
         "linear_policy_loss": (*head, of, key, "float32", [True, True, False], True, "torch"),
         "linear_logprob": (*head, "float32", True, "torch"),
-        "linear_logprob_backward": (vector, None, *head, hidden.new_empty(0), "float32", [True, False, False], "torch"),
+        "linear_logprob_backward": (
+            vector,
+            None,
+            *head,
+            hidden.new_empty(0),
+            "float32",
+            [True, False, False],
+            True,
+            "torch",
+        ),
         "policy_loss_from_logits": (hidden @ weight.T, targets, None, 3.0, *masks, of, key, True, "torch"),
         "policy_loss_from_logits_": (hidden @ weight.T, targets, None, 3.0, *masks, of, key, "torch"),
     }[name]
@@ -162,6 +214,25 @@ def test_the_formula_is_what_the_op_computes(name: str, with_mask: bool) -> None
         for a in of
     ]
     assert formula == count_gemm_flops(lambda: function(*goal))
+
+
+def test_activation_checkpointing_computes_the_logits_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(library.linear.SAVED_BYTES, "cpu", 0)
+    monkeypatch.setitem(plan.CHUNK_BYTES, "cpu", 2 * 19 * 4)
+    hidden, weight, targets, tokens = inputs()
+    wide = PolicyObjective(clip_low=9.0, clip_high=9.0)
+
+    def run(checkpointed: bool) -> Tensor:
+        def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+            return linear_policy_loss(hidden, weight, targets, tokens, wide).loss
+
+        if checkpointed:
+            return checkpoint(loss, hidden, weight, use_reentrant=False)
+        return loss(hidden, weight)
+
+    expected = grads(run(False), hidden, weight)
+    torch.testing.assert_close(grads(run(True), hidden, weight), expected)
+    assert count_gemm_flops(lambda: run(True).backward()) == 12 * 14 * 6 * 19  # whatever the number of chunks
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -265,3 +265,93 @@ def test_two_phase_and_one_kernel_agree() -> None:
     _, c, e = loss_gradients(o, torch.zeros(14), torch.zeros(14), prepared)
     assert c.shape == (14,)
     assert e is not None
+
+
+# What a kernel that reads ``pointer + row`` could get wrong
+
+
+def spread(t: Tensor) -> Tensor:
+    """The same values with a stride of 2."""
+    return torch.stack([t, torch.full_like(t, 99 if t.is_floating_point() else 0)], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_strided_inputs(backend: str) -> None:
+    x = make(dtype=torch.float32)
+    tokens, o = make_tokens(x), PolicyObjective(kl_coef=0.1, rollout_correction="truncate")
+    tokens = tokens.expanded(14, torch.float32, torch.device("cpu"))
+    tokens = replace(tokens, weight=torch.rand(14, generator=torch.Generator().manual_seed(0)), cu_seqlens=None)
+    bias, temperature = torch.linspace(-1, 1, 19), torch.linspace(0.8, 1.2, 14)
+
+    def run(hidden: Tensor, weight: Tensor, change: Any) -> list[Tensor]:
+        fields = {name: change(value) for name, value in vars(tokens).items() if value is not None}
+        options = {"bias": change(bias), "temperature": change(temperature), "backend": backend}
+        out = linear_policy_loss(hidden, weight, change(x["targets"]), TokenBatch(**fields), o, **options)
+        logits = change(hidden @ weight.T)
+        other = policy_loss_from_logits(logits, change(x["targets"]), TokenBatch(**fields), o, backend=backend)
+        leaves = (x["hidden"], x["weight"])
+        return [out.loss, out.logp, *torch.autograd.grad(out.loss, leaves), *torch.autograd.grad(other.loss, leaves)]
+
+    wanted = run(x["hidden"], x["weight"], lambda t: t)
+    for hidden, weight in ((spread(x["hidden"]), spread(x["weight"])), (x["hidden"].T.contiguous().T, x["weight"])):
+        torch.testing.assert_close(run(hidden, weight, spread), wanted, rtol=1e-5, atol=1e-6)
+    everywhere = TokenBatch(torch.tensor(1.0).expand(14))
+    for goal in (everywhere, TokenBatch(torch.ones(14))):
+        out = linear_policy_loss(**x, tokens=goal, objective=PolicyObjective(), backend=backend)
+        assert out.loss.item() == pytest.approx(-1.0)
+    columns = (x["hidden"] @ x["weight"].T).detach().T.contiguous().T
+    leaf = columns.requires_grad_() * 1
+    with pytest.raises(ValueError, match="rows are contiguous"):
+        policy_loss_from_logits(leaf, x["targets"], everywhere, PolicyObjective(), inplace=True, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nan_is_not_hidden(backend: str) -> None:
+    tokens, o = TokenBatch(torch.tensor([1.0, -1.0, 1.0])), PolicyObjective()
+    old = TokenBatch(tokens.advantages, torch.zeros(3))
+    targets = torch.tensor([0, 1, 2])
+    for column in (4, 0):  # of no target, of the first target
+        for batch in (tokens, old):
+            logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+            logits[0, column] = float("nan")
+            leaf = logits.requires_grad_()
+            out = policy_loss_from_logits(leaf, targets, batch, o, backend=backend)
+            (gradient,) = torch.autograd.grad(out.loss, leaf)
+            assert out.loss.isnan()
+            assert out.logp.isnan().tolist() == [True, False, False]
+            assert gradient.isnan().any(dim=1).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("scale", "cap", "temperature"), [(10, 5, 1.0), (10, 5, 3.0), (100, 30, 1.0), (100, 5, 3.0)])
+def test_a_saturated_softcap(scale: float, cap: float, temperature: float, backend: str) -> None:
+    z, targets = random_logits("plain", 16, 501, torch.float32)
+    z, c, e = z.cpu() * scale / 3, torch.ones(16), torch.full((16,), 0.1)
+
+    def gradient(z: Tensor) -> Tensor:
+        z = z.requires_grad_()
+        log_p = (cap * torch.tanh(z / cap) / temperature).log_softmax(-1)
+        logp, entropy = log_p.gather(1, targets.cpu()[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        return torch.autograd.grad((logp * c.to(z) + entropy * e.to(z)).sum(), z)[0]
+
+    exact, plain = gradient(z.double()), gradient(z.clone())
+    kind = TritonChunk if backend == "triton" else TorchChunk
+    chunk = kind(z.clone(), targets.cpu(), Transform(torch.full((16,), temperature), float(cap)))
+    assert relative_error(chunk.gradient(c, e), exact) <= 2 * relative_error(plain, exact)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_logits_overwritten_in_place_cannot_be_used_elsewhere(backend: str) -> None:
+    x = make(dtype=torch.float32)
+    logits = x["hidden"] @ x["weight"].T
+    other = (logits * logits).sum()
+    policy_loss_from_logits(logits, x["targets"], make_tokens(x), PolicyObjective(), inplace=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_targets_outside_the_vocabulary_are_loud() -> None:
+    """On the device, where nobody may look at them."""
+    z, _ = random_logits("plain", 4, 50, torch.float32)
+    chunk = TritonChunk(z, torch.tensor([-100, 50, 3, 2**40], device=DEVICE), Transform())
+    assert chunk.logp.isnan().tolist() == [True, True, False, True]

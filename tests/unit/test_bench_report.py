@@ -61,19 +61,31 @@ def test_the_fastest_baseline_comes_first_and_a_cpu_gets_ratios_only():
     assert "1.200 ms" in on_gpu
 
 
-def test_the_newest_row_counts_and_ratios_stay_within_a_run():
+def test_the_newest_run_of_a_case_counts_with_all_its_variants():
     newer = row("eager", 0.1, run="2", time="2026-02-01")
-    latest = report.newest([*CPU_ROWS, newer])
-    assert len(latest) == len(CPU_ROWS)
-    assert next(r for r in latest if r["variant"] == "eager")["median_s"] == 0.1
-    assert "other run" in report.table(latest)
+    other_case = row("eager", 0.3, dtype="bfloat16")
+    latest = report.newest([*CPU_ROWS, other_case, newer])
+    assert latest == [other_case, newer], "no variant of an older run stands beside a newer one"
+    assert "| eager | 1.00x |" in report.table([newer])
+    assert "no baseline" in report.table([row("revisual-fast torch", 0.5, "ours")])
+
+
+def test_a_commit_is_short_and_says_dirty():
+    dirty = row("eager", 1.0, commit={"rev": "0123456789abcdef", "dirty": True})
+    assert "commit 0123456789ab dirty;" in report.provenance([dirty])
+    assert machine.short({"rev": "unknown", "dirty": None}) == "unknown"
 
 
 def test_targets_are_reached_missed_or_not_measured():
     found = targets(CPU_ROWS)
     cpu = [target for target in found if target.text.startswith("CPU") and "float32" in target.text]
     assert [target.verdict for target in cpu] == ["reached", "reached", "reached", "missed"]
-    assert cpu[0].measured.startswith("2.00x")
+    assert cpu[0].measured == (
+        "against eager: 2.00x (revisual-fast torch); fastest baseline with the same outputs: "
+        "Liger fused linear GRPO, 1.20x"
+    )
+    assert cpu[1].measured.startswith("against eager: 0.200 (revisual-fast torch); fastest")
+    assert cpu[1].measured.endswith("Liger fused linear GRPO, 0.200 of its memory")
     rest = [target for target in found if target not in cpu]
     assert len(rest) == 8
     assert {target.measured for target in rest} == {MISSING}
@@ -82,15 +94,44 @@ def test_targets_are_reached_missed_or_not_measured():
     assert "Nothing here has been measured on a GPU" in text
 
 
+def test_only_the_default_reaches_a_target():
+    more = [row("revisual-fast torch, bf16 logits", 0.2, "ours", peak_bytes=20 << 20)]
+    slow = row("revisual-fast torch", 0.9, "ours", peak_bytes=60 << 20)
+    found = targets([slow, *more, *CPU_ROWS[1:]])
+    assert [target.verdict for target in found[:2]] == ["missed", "missed"]
+    assert "1.11x (revisual-fast torch); bf16 logits: 5.00x;" in found[0].measured
+    assert "0.600 (revisual-fast torch); bf16 logits: 0.200;" in found[1].measured
+
+
+def test_a_default_that_is_wrong_is_a_miss():
+    broken = row("revisual-fast torch", 0.5, "ours", status="wrong")
+    found = targets([broken, *CPU_ROWS[1:]])[1]
+    assert (found.verdict, found.measured) == ("missed", "against eager: revisual-fast torch: wrong")
+
+
+def test_the_fastest_setting_of_a_peer_counts():
+    better = row("Liger fused linear GRPO, one chunk", 0.55, "peer")
+    measured = targets([*CPU_ROWS, better])[3].measured
+    assert measured.startswith("against Liger fused linear GRPO, one chunk: 1.10x")
+
+
+def test_a_baseline_that_computes_less_is_not_the_one_with_the_same_outputs():
+    less = row("eager, no entropy", 0.1, outputs=["d_hidden"])
+    assert "fastest baseline with the same outputs: Liger" in targets([*CPU_ROWS, less])[0].measured
+
+
 def test_targets_on_a_hopper_card():
     shape, here = (8192, 3584, 152064), {"device": "NVIDIA H200", "kind": "cuda", "dtype": "bfloat16"}
+    exact = {"ratio_error": 2e-5, "ratio_error_float64": 3e-5}
     rows = [
-        row("revisual-fast triton", 1.0, "ours", shape=shape, of_gemm=0.9, ratio_error=2e-5, **here),
+        row("revisual-fast triton", 1.0, "ours", shape=shape, of_gemm=0.9, **exact, **here),
         row("torch.compile", 1.1, shape=shape, **here),
         row("cut-cross-entropy, no filter", 1.3, "peer", shape=shape, **here),
     ]
     verdicts = {target.text: target.verdict for target in targets(rows) if "Hopper" in target.text}
     assert list(verdicts.values()) == ["reached", "reached", "", "missed"]
+    measured = [target.measured for target in targets(rows) if "identical" in target.text]
+    assert measured == ["2.0e-05 (revisual-fast triton); against float64 log-probs: 3.0e-05"]
 
 
 def test_report_and_picture_are_written(tmp_path):

@@ -433,3 +433,19 @@ def test_logits_dtype_may_be_a_dtype() -> None:
     x = make(dtype=torch.bfloat16)
     named, typed = (linear_logprob(**x, logits_dtype=dtype)[0] for dtype in ("bfloat16", torch.bfloat16))
     assert torch.equal(named, typed)
+
+
+def test_fp16_needs_its_scale_in_the_weights() -> None:
+    n, v, scale = 512, 300, 65536.0
+    x = make(n, 32, v, torch.float16)
+    tokens = TokenBatch(torch.randn(n, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match="before a GradScaler could scale it"):
+        linear_policy_loss(**x, tokens=tokens, objective=CLIP)
+    wide = {k: t if k == "targets" else t.detach().double().requires_grad_() for k, t in x.items()}
+    exact = grads(linear_policy_loss(**wide, tokens=tokens, objective=CLIP).loss, wide["hidden"], wide["weight"])
+    scaled = replace(tokens, weight=torch.full((n,), scale / n))
+    ours = grads(linear_policy_loss(**x, tokens=scaled, objective=CLIP).loss, x["hidden"], x["weight"])
+    logp = (x["hidden"] @ x["weight"].T).float().log_softmax(-1).gather(1, x["targets"][:, None])[:, 0]
+    plain = grads(-(tokens.advantages * logp).mean() * scale, x["hidden"], x["weight"])
+    for a, b, wanted in zip(ours, plain, exact, strict=True):
+        assert relative_error(a.double() / scale, wanted) <= 2 * relative_error(b.double() / scale, wanted)
