@@ -11,6 +11,21 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined, so before any is imported
 
 
+GATES_TABLE = Path(__file__).parents[1] / ".pytest_cache/compile_gates.txt"
+"""What the compile gates found, for the end of the tests' output."""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        GATES_TABLE.unlink(missing_ok=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if GATES_TABLE.exists():
+        terminalreporter.section("Triton kernels, compiled without a GPU")
+        terminalreporter.write(GATES_TABLE.read_text())
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real data beside the repository; tests that need it are skipped where it is absent."""

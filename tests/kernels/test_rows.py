@@ -23,6 +23,7 @@ from revisual_fast.kernels.objective import CORRECTIONS, KL_FORMS, SURROGATES
 from revisual_fast.kernels.rows import TritonChunk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from revisual_fast.kernels.dispatch import pick_backend
 from revisual_fast.kernels.gather import gather_rows, gather_rows_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 CAN_TRITON = importlib.util.find_spec("triton") and (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 needs_triton = pytest.mark.skipif(not CAN_TRITON, reason="needs triton, with TRITON_INTERPRET=1 where there is no GPU")
 BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]

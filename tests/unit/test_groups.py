@@ -14,6 +14,7 @@ from revisual_fast.kernels.groups import group_advantages, pad_mask
 from tests.unit.test_advantages import naive_inclusion
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 CAN_TRITON = importlib.util.find_spec("triton") and (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 needs_triton = pytest.mark.skipif(not CAN_TRITON, reason="needs triton, with TRITON_INTERPRET=1 where there is no GPU")
 BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]

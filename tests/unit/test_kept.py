@@ -17,6 +17,8 @@ from revisual_fast.kernels import kept as replay
 from revisual_fast.kernels.kept import Kept, make_kept
 from tests.numerics import LargestTensor, relative_error
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+
 BACKENDS = ["torch", "triton"]
 ALL = (True, True, True)
 Result = list[Tensor]  # logp, entropy, dX, dW, db

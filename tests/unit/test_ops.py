@@ -449,3 +449,20 @@ def test_fp16_needs_its_scale_in_the_weights() -> None:
     plain = grads(-(tokens.advantages * logp).mean() * scale, x["hidden"], x["weight"])
     for a, b, wanted in zip(ours, plain, exact, strict=True):
         assert relative_error(a.double() / scale, wanted) <= 2 * relative_error(b.double() / scale, wanted)
+
+
+def test_a_completion_of_more_than_65536_tokens() -> None:
+    n = 65_700
+    x = make(n, 2, 3, torch.float32)
+    cu = torch.tensor([0, n - 20, n], dtype=torch.int32)
+    tokens = make_tokens(x, cu_seqlens=cu, advantages=torch.tensor([1.0, -0.5]))
+    o = PolicyObjective.preset("gspo", kl_coef=0.1, clip_low=0.2, clip_high=0.2)
+    wide = {k: t if k == "targets" else t.detach().double().requires_grad_() for k, t in x.items()}
+    logp, entropy = naive_logprob(**wide)
+    prepared, _ = o.prepare(tokens, n, torch.float64, logp.device)
+    expected = o(logp, entropy, prepared)
+    out = linear_policy_loss(**x, tokens=tokens, objective=o)
+    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=1e-5)
+    wanted = grads(expected, wide["hidden"], wide["weight"])
+    for got, gradient in zip(grads(out.loss, x["hidden"], x["weight"]), wanted, strict=True):
+        assert relative_error(got, gradient) < 1e-4
