@@ -136,14 +136,14 @@ def test_what_does_not_fit(hidden, rows, message):
 def test_the_backend(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("revisual_fast.kernels.dispatch.TRITON_INSTALLED", True)
     assert (pick_backend("auto", cpu), pick_backend("auto", cuda)) == ("torch", "triton")
     assert (pick_backend("torch", cuda), pick_backend("triton", cuda)) == ("torch", "triton")
     with pytest.raises(ValueError, match="made for CUDA, the tensors are on cpu"):
         pick_backend("triton", cpu)
     with pytest.raises(ValueError, match="one of auto, triton, torch"):
         pick_backend("cuda", cpu)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("revisual_fast.kernels.dispatch.TRITON_INSTALLED", False)
     assert pick_backend("auto", cuda) == "torch"
     with pytest.raises(ValueError, match="not installed: pip install triton"):
         pick_backend("triton", cuda)
