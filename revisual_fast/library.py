@@ -164,13 +164,19 @@ def linear_policy_loss(
         goal = _objective(objective)
         batch, plan = make_plan(goal, _batch(tokens), hidden, skip)
         transform = Transform(temperature, softcap)
+        gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if mask_indptr is not None and mask_indices is not None:
-            mask = kept_rows.make_kept((mask_indptr, mask_indices), targets, weight.shape[0])
-            out, gradients = _kept_policy_loss(hidden, weight, bias, targets, transform, mask, plan, needs, backend)
+            sampling_mask = (mask_indptr, mask_indices)
+            mask, found = _replayed(hidden, weight, bias, targets, transform, sampling_mask, backend)
+            loss, c, e = plan.gradients(found.logp, found.entropy, Part(slice(0, hidden.shape[0])))
+            out = (loss, found.logp, found.entropy)
+            if any(needs):
+                dz = kept_rows.kept_gradient(found, mask, c, e)
+                gradients = _kept_backward(dz, hidden, weight, bias, mask, needs, backend)
         else:
             head = linear.Head(hidden, weight, bias, targets, transform, getattr(torch, logits_dtype), backend)
             out, sink = linear.policy_loss(head, plan, needs)
-            gradients = (None, None, None) if sink is None else sink.results(weight, bias)
+            gradients = gradients if sink is None else sink.results(weight, bias)
         loss, logp, entropy = out
         return loss, logp, entropy, _metrics(goal, logp, entropy, batch), *_or_empty(gradients, hidden, weight, bias)
 
@@ -188,25 +194,19 @@ def _(
     return loss, rows, torch.empty_like(rows), metrics, *_like_hidden(hidden, weight, bias, needs)
 
 
-def _kept_policy_loss(
+def _replayed(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     transform: Transform,
-    mask: kept_rows.Kept,
-    plan: Plan,
-    needs: Sequence[bool],
+    sampling_mask: tuple[Tensor, Tensor],
     backend: str,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
+) -> tuple[kept_rows.Kept, kept_rows.KeptStatistics]:
+    """The kept sets, checked, and the statistics of the rows over them."""
+    mask = kept_rows.make_kept(sampling_mask, targets, weight.shape[0])
     z = kept_rows.kept_logits(hidden, weight, bias, mask, statistics_dtype(hidden), backend)
-    statistics = kept_rows.kept_statistics(z, targets, mask, _temperature(transform, hidden), transform.softcap)
-    loss, c, e = plan.gradients(statistics.logp, statistics.entropy, Part(slice(0, hidden.shape[0])))
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    if any(needs):
-        dz = kept_rows.kept_gradient(statistics, mask, c, e)
-        gradients = _kept_backward(dz, hidden, weight, bias, mask, needs, backend)
-    return (loss, statistics.logp, statistics.entropy), gradients
+    return mask, kept_rows.kept_statistics(z, targets, mask, _temperature(transform, hidden), transform.softcap)
 
 
 def _kept_backward(
@@ -247,11 +247,9 @@ def linear_logprob(
     with _settled(hidden):
         transform = Transform(temperature, softcap)
         if mask_indptr is not None and mask_indices is not None:
-            mask = kept_rows.make_kept((mask_indptr, mask_indices), targets, weight.shape[0])
-            z = kept_rows.kept_logits(hidden, weight, bias, mask, statistics_dtype(hidden), backend)
-            of = (_temperature(transform, hidden), softcap)
-            statistics = kept_rows.kept_statistics(z, targets, mask, *of)
-            return statistics.logp, statistics.entropy, z.new_empty(0)
+            sampling_mask = (mask_indptr, mask_indices)
+            _, statistics = _replayed(hidden, weight, bias, targets, transform, sampling_mask, backend)
+            return statistics.logp, statistics.entropy, hidden.new_empty(0)
         head = linear.Head(hidden, weight, bias, targets, transform, getattr(torch, logits_dtype), backend)
         logp, entropy, saved = linear.logprob(head, keep)
         return logp, entropy, hidden.new_empty(0) if saved is None else saved
@@ -291,10 +289,8 @@ def linear_logprob_backward(
     with _settled(hidden):
         transform = Transform(temperature, softcap)
         if mask_indptr is not None and mask_indices is not None:
-            mask = kept_rows.make_kept((mask_indptr, mask_indices), targets, weight.shape[0])
-            z = kept_rows.kept_logits(hidden, weight, bias, mask, statistics_dtype(hidden), backend)
-            of = (_temperature(transform, hidden), softcap)
-            statistics = kept_rows.kept_statistics(z, targets, mask, *of)
+            sampling_mask = (mask_indptr, mask_indices)
+            mask, statistics = _replayed(hidden, weight, bias, targets, transform, sampling_mask, backend)
             dz = kept_rows.kept_gradient(statistics, mask, d_logp, d_entropy)
             gradients = _kept_backward(dz, hidden, weight, bias, mask, needs, backend)
             return _or_empty(gradients, hidden, weight, bias)
