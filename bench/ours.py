@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,11 +21,6 @@ Make = Callable[..., Callable[[], Call]]
 """``make(backend=..., **settings) -> setup``."""
 MakeExtra = Callable[..., Callable[[Outputs, Outputs], dict[str, float]]]
 """``make(backend=..., **settings) -> extra``, see ``Variant.extra``."""
-
-
-def replays() -> bool:
-    """Whether this version has sampling-mask replay."""
-    return "sampling_mask" in inspect.signature(linear_policy_loss).parameters
 
 
 def ours(

@@ -32,7 +32,6 @@ from bench.ours import (
     ours,
     ratio_error,
     replay_loss,
-    replays,
 )
 from bench.plain import COMPILED, detached, plain
 from revisual_fast import PolicyObjective
@@ -105,12 +104,7 @@ def sampling_mask_replay(case: Case) -> Problem:
     """The clip objective of log-probs renormalised over the ids that sampling kept; plain torch masks full logits."""
     x = make_inputs(case)
     loss_of = clip_loss(x)
-    missing = "this version of linear_policy_loss takes no sampling_mask"
-    mine = (
-        ours(case, "linear_policy_loss", replay_loss(x), {"": {}})
-        if replays()
-        else [Variant("revisual-fast", "ours", reason=missing)]
-    )
+    mine = ours(case, "linear_policy_loss", replay_loss(x), {"": {}})
     variants = [*mine, *plain(case, x, loss_of, entropy=False)]
     flops = counts.replay_flops(case.n, case.d, KEPT)
     n_bytes = counts.replay_bytes(case.n, case.d, case.v, KEPT, distinct_kept(x), case.torch_dtype.itemsize)

@@ -2,9 +2,9 @@
 
 ``T`` packed rows, ``N`` gathered ones, hidden size ``D``. The last row of a prompt predicts the first token of every
 completion, so it is gathered as often as its group has completions. The gradients of the copies are added in fp32 (fp64
-for fp64), in the order of the copies, and rounded once: the sum has one rounding error however large the group, and is
-the same in every run. Plain indexing adds in the dtype of the gradient. Nothing but ``rows`` is kept for the backward
-pass, and nothing waits for a CUDA device.
+for fp64), in an order that only the rows decide, and rounded once: the sum has one rounding error however large the
+group, and is the same in every run. Plain indexing adds in the dtype of the gradient. Nothing but ``rows`` is kept for
+the backward pass, and nothing waits for a CUDA device.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from revisual_fast.kernels.dispatch import pick_backend
+from revisual_fast.kernels.plan import statistics_dtype
 
 __all__ = ["GatherRows", "gather_rows", "gather_rows_backward"]
 
@@ -54,11 +55,14 @@ def gather_rows_backward(
 
     Raises ValueError for a backend that cannot run here.
     """
+    wide = statistics_dtype(d_out.dtype)
     if pick_backend(backend, d_out.device) == "triton":
-        from revisual_fast.kernels.gather_triton import sum_rows
+        from revisual_fast.kernels.kept_triton import weighted_sums
 
-        return sum_rows(d_out, rows, n_rows)
-    total = d_out.new_zeros((n_rows, d_out.shape[1]), dtype=torch.promote_types(d_out.dtype, torch.float32))
+        sorted_rows, order = rows.sort(stable=True)
+        indptr = torch.searchsorted(sorted_rows, torch.arange(n_rows + 1, device=rows.device))
+        return weighted_sums(d_out.new_ones(len(rows), dtype=wide), order, indptr, d_out, d_out.dtype)
+    total = d_out.new_zeros((n_rows, d_out.shape[1]), dtype=wide)
     if total.is_cuda:  # index_add_ is atomic there, index_put_ sorts
         return total.index_put_((rows,), d_out.to(total.dtype), accumulate=True).to(d_out.dtype)
     return total.index_add_(0, rows, d_out.to(total.dtype)).to(d_out.dtype)

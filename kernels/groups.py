@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from revisual_fast.advantages import check_pad_settings
+from revisual_fast.advantages import check_pad_settings, pad_count
 from revisual_fast.kernels.dispatch import pick_backend
 
 __all__ = ["PadMask", "group_advantages", "pad_mask"]
@@ -135,7 +135,7 @@ def pad_mask(
     keep = keys > -math.inf
     if draws:
         order = keys.sort(descending=True, stable=True).indices
-        count = counts[0].clamp(max=math.ceil(rho * n_rows - 1e-9))  # 0.07 * 100 is 7.000000000000001
+        count = counts[0].clamp(max=pad_count(rho, n_rows))
         keep.scatter_(0, order, torch.arange(n_rows, device=keys.device) < count)
     return PadMask(keep, *counts.long().unbind())
 

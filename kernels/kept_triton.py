@@ -1,4 +1,5 @@
-"""Triton kernels of sampling-mask replay: a gathered product, and a weighted sum of gathered rows (for dX and for dW).
+"""Triton kernels of sampling-mask replay: a gathered product, and a weighted sum of gathered rows (for dX and for dW;
+the gradient of ``gather_rows`` is one, too).
 
 Both are bound by the bytes they gather. The product's programs take blocks of entries whatever row these belong to, so
 that rows that keep one id and rows that keep thousands are spread evenly; the sum's take one segment and a tile of D,
@@ -118,9 +119,9 @@ def weighted_sums(coefficients: Tensor, index: Tensor, indptr: Tensor, table: Te
     table = _with_contiguous_rows(table)
     segments, width = len(indptr) - 1, table.shape[1]
     out = table.new_empty((segments, width), dtype=dtype)
-    launch = SUMS[table.element_size()]
-    tile = min(launch.tile, triton.next_power_of_2(width))
-    if segments:
+    if out.numel():
+        launch = SUMS[table.element_size()]
+        tile = min(launch.tile, triton.next_power_of_2(width))
         weighted_sums_kernel[(segments, triton.cdiv(width, tile))](
             *(coefficients, index, indptr, table, out, len(table), width, table.stride(0)),
             ENTRIES=launch.entries,

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from revisual_fast.kernels import reference
-from revisual_fast.kernels.plan import SAVED_BYTES, Chunk, Part, Plan, backward, policy_pass, rows_per_chunk, slices
+from revisual_fast.kernels.plan import (
+    SAVED_BYTES,
+    Chunk,
+    Part,
+    Plan,
+    backward,
+    policy_pass,
+    rows_per_chunk,
+    slices,
+    statistics_dtype,
+)
 from revisual_fast.kernels.reference import Transform
 
 BLOCK_BYTES = 4 << 20
@@ -61,7 +71,7 @@ class Head:
     ) -> None:
         self.hidden, self.targets, self.transform, self.saved = hidden, targets.contiguous(), transform, saved
         self.weight = weight.to(hidden.dtype)
-        self.stats = torch.promote_types(hidden.dtype, torch.float32)
+        self.stats = statistics_dtype(hidden.dtype)
         self.logits_dtype = torch.promote_types(logits_dtype, hidden.dtype)
         self.bias = None if bias is None else bias.to(self.stats).contiguous()
         self.n_rows, self.device, self.backend = len(hidden), hidden.device, backend

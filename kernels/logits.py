@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from revisual_fast.kernels import reference
-from revisual_fast.kernels.plan import Chunk, Part, Plan, policy_pass, rows_per_chunk
+from revisual_fast.kernels.plan import Chunk, Part, Plan, policy_pass, rows_per_chunk, statistics_dtype
 from revisual_fast.kernels.reference import Transform
 
 
@@ -26,7 +25,7 @@ class Logits:
     ) -> None:
         self.logits, self.targets, self.transform, self.gradient = logits, targets.contiguous(), transform, gradient
         self.n_rows, self.device, self.backend = len(logits), logits.device, backend
-        self.stats = torch.promote_types(logits.dtype, torch.float32)
+        self.stats = statistics_dtype(logits.dtype)
         chunk = rows_per_chunk(logits.shape[1], logits.dtype, logits.device)
         self.size = max(self.n_rows, 1) if backend == "triton" else chunk
 

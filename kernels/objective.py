@@ -10,18 +10,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SURROGATES = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3, "sft": 4}
+from revisual_fast.kernels.plan import INLINED
+
+SURROGATES = {name: number for number, name in enumerate(INLINED)}
 KL_FORMS = {None: 0, "k1": 1, "k2": 2, "k3": 3}
 CORRECTIONS = {None: 0, "given": 1, "truncate": 2, "mask": 3}
 
-CLIP = tl.constexpr(0)
-CISPO = tl.constexpr(1)
-SAPO = tl.constexpr(2)
-REINFORCE = tl.constexpr(3)
-K1 = tl.constexpr(1)
-K2 = tl.constexpr(2)
-GIVEN = tl.constexpr(1)
-TRUNCATE = tl.constexpr(2)
+CLIP = tl.constexpr(SURROGATES["clip"])
+CISPO = tl.constexpr(SURROGATES["cispo"])
+SAPO = tl.constexpr(SURROGATES["sapo"])
+REINFORCE = tl.constexpr(SURROGATES["reinforce"])
+K1 = tl.constexpr(KL_FORMS["k1"])
+K2 = tl.constexpr(KL_FORMS["k2"])
+GIVEN = tl.constexpr(CORRECTIONS["given"])
+TRUNCATE = tl.constexpr(CORRECTIONS["truncate"])
 
 
 @triton.jit

@@ -24,6 +24,9 @@ SAVED_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 WORTH_SKIPPING = 0.05
 """Share of rows without gradient from which on gathering the others costs less than multiplying all."""
 
+INLINED = ("clip", "cispo", "sapo", "reinforce", "sft")
+"""Surrogates that the one-kernel path has, in the order of their numbers there."""
+
 
 class Part(NamedTuple):
     """Rows whose loss can be computed by itself, and the sequences they are, where that matters."""
@@ -98,9 +101,24 @@ def slices(n_rows: int, size: int) -> list[slice]:
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, max(1, step))]
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of statistics and sums over tensors of ``dtype``: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def active_rows(c: Tensor, e: Tensor | None) -> Tensor:
+    """``[n]`` bool: the rows whose gradient is not 0."""
+    return (c != 0) if e is None else (c != 0) | (e != 0)
+
+
+def worth_skipping(n_active: int, n_rows: int) -> bool:
+    """Whether so many rows have no gradient that leaving them out pays."""
+    return n_active <= (1 - WORTH_SKIPPING) * n_rows
+
+
 def rows_per_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows that fit in ``CHUNK_BYTES``, at least one: fp32 or fp64 logits, and a gradient of a narrower ``dtype``."""
-    stats = torch.promote_types(dtype, torch.float32)
+    stats = statistics_dtype(dtype)
     bytes_a_row = vocab * (stats.itemsize + (0 if dtype == stats else dtype.itemsize))
     return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // bytes_a_row)
 
@@ -157,7 +175,7 @@ class Outlet:
     def put(self, rows: slice | Tensor, chunk: Chunk, c: Tensor, e: Tensor | None) -> None:
         if not self.skip:
             return self.sink.add(rows, chunk, c, e, None)
-        active = (c != 0) if e is None else (c != 0) | (e != 0)
+        active = active_rows(c, e)
         if active.is_cuda:
             count = torch.empty((), dtype=torch.int64, pin_memory=True)
             count.copy_(active.sum(), non_blocking=True)
@@ -180,10 +198,8 @@ class Outlet:
     def _add(self, rows: slice | Tensor, chunk: Chunk, c: Tensor, e: Tensor | None, active: Tensor, count: int) -> None:
         if count == 0:
             return
-        if count > (1 - WORTH_SKIPPING) * len(active):
-            self.sink.add(rows, chunk, c, e, None)
-        else:
-            self.sink.add(rows, chunk, c, e, torch.nonzero_static(active, size=count)[:, 0])
+        skip = worth_skipping(count, len(active))
+        self.sink.add(rows, chunk, c, e, torch.nonzero_static(active, size=count)[:, 0] if skip else None)
 
 
 def statistics(source: Source, rows: slice) -> tuple[Tensor, Tensor]:
@@ -204,8 +220,8 @@ def backward(source: Source, sink: Sink, rows: slice, c: Tensor, e: Tensor | Non
     """
     index = None
     if skip and not c.is_cuda:
-        index = ((c != 0) if e is None else (c != 0) | (e != 0)).nonzero()[:, 0]
-        index = None if len(index) > (1 - WORTH_SKIPPING) * len(c) else index
+        index = active_rows(c, e).nonzero()[:, 0]
+        index = index if worth_skipping(len(index), len(c)) else None
     outlet = Outlet(sink, skip and c.is_cuda)
     for at in slices(len(c) if index is None else len(index), source.size):
         chosen = at if index is None else index[at]

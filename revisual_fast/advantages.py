@@ -130,7 +130,7 @@ def pad_select(
     if mode == "released":
         chosen = _draw_released(size, effective, generator)
     elif mode in ("paper", "sample"):
-        count = min(math.ceil(rho * n_total - 1e-9), n_effective)  # 0.07 * 100 is 7.000000000000001
+        count = min(pad_count(rho, n_total), n_effective)
         chosen = effective[_gumbel_top_k(size[effective] / tau, count, generator)]
     else:
         chosen = effective
@@ -138,6 +138,11 @@ def pad_select(
     if outcomes is not None:
         minority = int((too_high & _is_minority(outcomes, n_total, group_ids, group_sizes)).sum())
     return PadResult(chosen.sort().values, n_total, n_effective, int(too_low.sum()), int(too_high.sum()), minority)
+
+
+def pad_count(rho: float, n_total: int) -> int:
+    """``ceil(rho N)``: 7 for 0.07 of 100, although 0.07 * 100 is 7.000000000000001."""
+    return math.ceil(rho * n_total - 1e-9)
 
 
 def _check_pad(

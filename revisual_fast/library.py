@@ -19,13 +19,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from revisual_fast.kernels import kept as kept_rows
 from revisual_fast.kernels import linear, logits
-from revisual_fast.kernels.plan import Inline, Part, Plan
+from revisual_fast.kernels.plan import INLINED, Inline, Part, Plan, statistics_dtype
 from revisual_fast.kernels.reference import Transform
 from revisual_fast.losses import Objective, PolicyObjective, TokenBatch, loss_gradients
 from revisual_fast.objective_metrics import metric_names, policy_metrics
 
 TOKEN_FIELDS = tuple(f.name for f in fields(TokenBatch))
-INLINED = ("clip", "cispo", "sapo", "reinforce", "sft")
 
 
 class FusedOp:
@@ -39,8 +38,15 @@ class FusedOp:
         self.register_fake = self.op.register_fake
 
     def __call__(self, *args: Any) -> Any:
-        traced = torch.compiler.is_compiling() and not any(callable(argument) for argument in args)
-        return self.op(*args) if traced else self.function(*args)
+        if not torch.compiler.is_compiling():
+            return self.function(*args)
+        args = tuple(objective_key(argument) or argument for argument in args)
+        return (self.function if any(callable(argument) for argument in args) else self.op)(*args)
+
+
+def objective_key(objective: Any) -> str:
+    """By which a custom op finds a built-in objective again; empty for anything else, own functions included."""
+    return objective.key if isinstance(objective, PolicyObjective) else ""
 
 
 @contextmanager
@@ -62,7 +68,7 @@ def _batch(tokens: Sequence[Tensor | None]) -> TokenBatch:
 
 def make_plan(objective: Objective, tokens: TokenBatch, rows: Tensor, skip: bool) -> tuple[TokenBatch, Plan]:
     """The batch, expanded and checked, and what the kernels need to know of the objective."""
-    n_rows, dtype = rows.shape[0], torch.promote_types(rows.dtype, torch.float32)
+    n_rows, dtype = rows.shape[0], statistics_dtype(rows.dtype)
     cu, boundaries = tokens.cu_seqlens, None
     if isinstance(objective, PolicyObjective):
         tokens, scope = objective.prepare(tokens, n_rows, dtype, rows.device)
@@ -108,11 +114,6 @@ def _inline(objective: Objective, tokens: TokenBatch, scope: str) -> Inline | No
     )
 
 
-def statistics_dtype(rows: Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64 rows."""
-    return torch.promote_types(rows.dtype, torch.float32)
-
-
 def _or_empty(
     gradients: Sequence[Tensor | None], hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,8 +122,13 @@ def _or_empty(
     return made[0], made[1], made[2]
 
 
+def _pair(indptr: Tensor | None, indices: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The sampling mask of two arguments."""
+    return None if indptr is None or indices is None else (indptr, indices)
+
+
 def _temperature(transform: Transform, rows: Tensor) -> Tensor:
-    ones = torch.ones(rows.shape[0], dtype=statistics_dtype(rows), device=rows.device)
+    ones = torch.ones(rows.shape[0], dtype=statistics_dtype(rows.dtype), device=rows.device)
     return ones if transform.temperature is None else transform.temperature
 
 
@@ -137,6 +143,13 @@ def _like_hidden(
     inputs = (hidden, weight, hidden if bias is None else bias)
     made = [t.new_empty(t.shape if need else 0) for t, need in zip(inputs, needs, strict=True)]
     return made[0], made[1], made[2]
+
+
+def _fake_loss(rows: Tensor, tokens: Sequence[Tensor | None], objective: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, logp, entropy and metrics without values."""
+    logp = rows.new_empty(rows.shape[0], dtype=statistics_dtype(rows.dtype))
+    metrics = logp.new_empty(len(metric_names(_objective(objective), _batch(tokens))))
+    return logp.new_empty(()), logp, torch.empty_like(logp), metrics
 
 
 # hidden states -> loss and gradients
@@ -165,8 +178,8 @@ def linear_policy_loss(
         batch, plan = make_plan(goal, _batch(tokens), hidden, skip)
         transform = Transform(temperature, softcap)
         gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-        if mask_indptr is not None and mask_indices is not None:
-            sampling_mask = (mask_indptr, mask_indices)
+        sampling_mask = _pair(mask_indptr, mask_indices)
+        if sampling_mask is not None:
             mask, found = _replayed(hidden, weight, bias, targets, transform, sampling_mask, backend)
             loss, c, e = plan.gradients(found.logp, found.entropy, Part(slice(0, hidden.shape[0])))
             out = (loss, found.logp, found.entropy)
@@ -186,12 +199,7 @@ def _(
     hidden, weight, bias, targets, temperature, softcap, mask_indptr, mask_indices, tokens, objective, logits_dtype,
     needs, skip, backend,
 ):  # fmt: skip
-    loss, rows = (
-        hidden.new_empty((), dtype=statistics_dtype(hidden)),
-        hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden)),
-    )
-    metrics = loss.new_empty(len(metric_names(_objective(objective), _batch(tokens))))
-    return loss, rows, torch.empty_like(rows), metrics, *_like_hidden(hidden, weight, bias, needs)
+    return *_fake_loss(hidden, tokens, objective), *_like_hidden(hidden, weight, bias, needs)
 
 
 def _replayed(
@@ -205,7 +213,7 @@ def _replayed(
 ) -> tuple[kept_rows.Kept, kept_rows.KeptStatistics]:
     """The kept sets, checked, and the statistics of the rows over them."""
     mask = kept_rows.make_kept(sampling_mask, targets, weight.shape[0])
-    z = kept_rows.kept_logits(hidden, weight, bias, mask, statistics_dtype(hidden), backend)
+    z = kept_rows.kept_logits(hidden, weight, bias, mask, statistics_dtype(hidden.dtype), backend)
     return mask, kept_rows.kept_statistics(z, targets, mask, _temperature(transform, hidden), transform.softcap)
 
 
@@ -246,8 +254,8 @@ def linear_logprob(
     """logp ``[N]``, entropy ``[N]`` and what the backward pass may use again: logits ``[N, V]``, or nothing."""
     with _settled(hidden):
         transform = Transform(temperature, softcap)
-        if mask_indptr is not None and mask_indices is not None:
-            sampling_mask = (mask_indptr, mask_indices)
+        sampling_mask = _pair(mask_indptr, mask_indices)
+        if sampling_mask is not None:
             _, statistics = _replayed(hidden, weight, bias, targets, transform, sampling_mask, backend)
             return statistics.logp, statistics.entropy, hidden.new_empty(0)
         head = linear.Head(hidden, weight, bias, targets, transform, getattr(torch, logits_dtype), backend)
@@ -259,7 +267,7 @@ def linear_logprob(
 def _(
     hidden, weight, bias, targets, temperature, softcap, mask_indptr, mask_indices, logits_dtype, keep, backend
 ):  # fmt: skip
-    rows = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden))
+    rows = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden.dtype))
     dtype = torch.promote_types(getattr(torch, logits_dtype), hidden.dtype)
     saved = hidden.new_empty(0)
     if keep and mask_indptr is None and linear.fits(hidden.shape[0], weight.shape[0], dtype, hidden.device):
@@ -288,8 +296,8 @@ def linear_logprob_backward(
     """dX ``[N, D]``, dW ``[V, D]``, db ``[V]`` for the upstream gradients of logp and entropy."""
     with _settled(hidden):
         transform = Transform(temperature, softcap)
-        if mask_indptr is not None and mask_indices is not None:
-            sampling_mask = (mask_indptr, mask_indices)
+        sampling_mask = _pair(mask_indptr, mask_indices)
+        if sampling_mask is not None:
             mask, statistics = _replayed(hidden, weight, bias, targets, transform, sampling_mask, backend)
             dz = kept_rows.kept_gradient(statistics, mask, d_logp, d_entropy)
             gradients = _kept_backward(dz, hidden, weight, bias, mask, needs, backend)
@@ -340,17 +348,13 @@ def _kept_from_logits(
     gradient: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = kept_rows.make_kept(sampling_mask, targets, rows.shape[1])
-    z = kept_rows.kept_from_logits(rows, mask, statistics_dtype(rows))
+    z = kept_rows.kept_from_logits(rows, mask, statistics_dtype(rows.dtype))
     statistics = kept_rows.kept_statistics(z, targets, mask, _temperature(transform, rows), transform.softcap)
     loss, c, e = plan.gradients(statistics.logp, statistics.entropy, Part(slice(0, rows.shape[0])))
     if gradient is not None:
         gradient.zero_()
         kept_rows.kept_scatter(kept_rows.kept_gradient(statistics, mask, c, e), mask, gradient)
     return loss, statistics.logp, statistics.entropy
-
-
-def _pair(indptr: Tensor | None, indices: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if indptr is None or indices is None else (indptr, indices)
 
 
 @FusedOp
@@ -378,7 +382,7 @@ def _(
     rows, targets, temperature, softcap, mask_indptr, mask_indices, tokens, objective, needs_gradient, backend
 ):  # fmt: skip
     gradient = rows.new_empty(rows.shape if needs_gradient else 0)
-    return *_fake_from_logits(rows, tokens, objective), gradient
+    return *_fake_loss(rows, tokens, objective), gradient
 
 
 @partial(FusedOp, mutates_args=("rows",))
@@ -400,16 +404,7 @@ def policy_loss_from_logits_(
 
 @policy_loss_from_logits_.register_fake
 def _(rows, targets, temperature, softcap, mask_indptr, mask_indices, tokens, objective, backend):
-    return _fake_from_logits(rows, tokens, objective)
-
-
-def _fake_from_logits(rows: Tensor, tokens: Sequence[Tensor | None], objective: str) -> tuple[Tensor, ...]:
-    loss, vector = (
-        rows.new_empty((), dtype=statistics_dtype(rows)),
-        rows.new_empty(rows.shape[0], dtype=statistics_dtype(rows)),
-    )
-    metrics = loss.new_empty(len(metric_names(_objective(objective), _batch(tokens))))
-    return loss, vector, torch.empty_like(vector), metrics
+    return _fake_loss(rows, tokens, objective)
 
 
 # FLOPs, for torch.utils.flop_counter: every row active, every part in one chunk; of a replay, only the kept columns

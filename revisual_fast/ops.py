@@ -21,6 +21,7 @@ from revisual_fast.kernels.dispatch import triton_problem
 from revisual_fast.kernels.gather import gather_rows
 from revisual_fast.kernels.groups import PadMask, pad_mask
 from revisual_fast.kernels.groups import group_advantages as packed_group_advantages
+from revisual_fast.kernels.plan import statistics_dtype
 from revisual_fast.losses import Objective, PolicyObjective, TokenBatch
 from revisual_fast.objective_metrics import metric_names, policy_metrics
 
@@ -149,7 +150,7 @@ def linear_policy_loss(
     _check_tokens(tokens, hidden)
     _check_objective(objective, sampling_mask)
     inputs = (hidden, weight, bias)
-    if torch.compiler.is_compiling() and not _key(objective):
+    if torch.compiler.is_compiling() and not library.objective_key(objective):
         shared: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "backend": backend}
         shared |= {"sampling_mask": sampling_mask, "logits_dtype": logits_dtype, "skip_inactive": skip_inactive}
         return _traced(objective, tokens, *linear_logprob(hidden, weight, targets, **shared))
@@ -160,7 +161,7 @@ def linear_policy_loss(
         _softcap(softcap),
         *_mask(sampling_mask),
         _fields(tokens),
-        _key(objective) if torch.compiler.is_compiling() else objective,
+        objective,
         logits_dtype,
         _needs(*inputs),
         skip_inactive,
@@ -198,10 +199,9 @@ def policy_loss_from_logits(
     _check_objective(objective, sampling_mask)
     (needed, *_), rows = _needs(logits), _with_contiguous_rows(logits.detach(), inplace)
     transform = (_temperature(temperature, logits), _softcap(softcap), *_mask(sampling_mask))
-    if torch.compiler.is_compiling() and not _key(objective):
+    if torch.compiler.is_compiling() and not library.objective_key(objective):
         raise ValueError("under torch.compile the objective of policy_loss_from_logits must be a built-in one")
-    goal = _key(objective) if torch.compiler.is_compiling() else objective
-    of = (rows, targets, *transform, _fields(tokens), goal)
+    of = (rows, targets, *transform, _fields(tokens), objective)
     if inplace and needed:
         loss, logp, entropy, metrics = library.policy_loss_from_logits_(*of, backend)
         gradient = rows
@@ -262,7 +262,7 @@ class _LinearLogprob(torch.autograd.Function):
         softcap, logits_dtype, backend, skip = ctx.options
         needs = list(ctx.needs_input_grad[:3])
         if d_logp is None:
-            d_logp = torch.zeros(len(hidden), dtype=library.statistics_dtype(hidden), device=hidden.device)
+            d_logp = torch.zeros(len(hidden), dtype=statistics_dtype(hidden.dtype), device=hidden.device)
         of = (hidden, weight, bias, targets, temperature, softcap, indptr, indices, saved, logits_dtype)
         out = library.linear_logprob_backward(d_logp, d_entropy, *of, needs, skip, backend)
         return *(g if need else None for g, need in zip(out, needs, strict=True)), *(None for _ in range(9))
@@ -287,11 +287,6 @@ def _mask(sampling_mask: SamplingMask | None) -> tuple[Tensor | None, Tensor | N
             "sampling_mask must be a pair of tensors, (indptr [N + 1], indices [nnz]): CSR, not a mask [N, V]"
         )
     return sampling_mask[0], sampling_mask[1]
-
-
-def _key(objective: Objective) -> str:
-    """By which a custom op finds a built-in objective again; empty for an own function."""
-    return objective.key if isinstance(objective, PolicyObjective) else ""
 
 
 def _with_contiguous_rows(logits: Tensor, inplace: bool) -> Tensor:
@@ -325,14 +320,14 @@ def _check_head(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, logits_dtype: str | torch.dtype
 ) -> str:
     """Raises ValueError for what does not fit; returns the name of ``logits_dtype``."""
-    if weight is not None and isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) == 0:
-        raise ValueError("weight must be [V, D] with V > 0; got an empty vocabulary")
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [N, D]; got {list(hidden.shape)}: flatten the batch, keep rows with a target")
     if not isinstance(weight, Tensor):
         raise ValueError(f"weight must be the head's tensor; got {type(weight).__name__}: pass head.weight")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"weight must be [V, D] with D = {hidden.shape[1]} as in hidden; got {list(weight.shape)}")
+    if len(weight) == 0:
+        raise ValueError("weight must be [V, D] with V > 0; got an empty vocabulary")
     _check_dtype("hidden", hidden)
     _check_dtype("weight", weight)
     _check_device("weight", weight, hidden)
@@ -411,7 +406,7 @@ def _check_objective(objective: Objective, sampling_mask: SamplingMask | None) -
 
 
 def _temperature(temperature: float | Tensor, rows: Tensor) -> Tensor | None:
-    dtype = library.statistics_dtype(rows)
+    dtype = statistics_dtype(rows.dtype)
     if isinstance(temperature, Tensor):
         if temperature.shape not in ((), rows.shape[:1]):
             raise ValueError(f"temperature must be a number or [N] = [{len(rows)}]; got {list(temperature.shape)}")

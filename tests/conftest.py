@@ -1,6 +1,8 @@
 """What all tests share."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,29 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if GATES_TABLE.exists():
         terminalreporter.section("Triton kernels, compiled without a GPU")
         terminalreporter.write(GATES_TABLE.read_text())
+
+
+@contextmanager
+def _deterministic(warn_only: bool) -> Iterator[None]:
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written holds nan."""
+    with _deterministic(warn_only=True):
+        yield
+
+
+@pytest.fixture
+def poisoned_and_deterministic() -> Iterator[None]:
+    """Memory that nobody has written holds nan, and operations that are not deterministic raise."""
+    with _deterministic(warn_only=False):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -189,7 +189,9 @@ class PolicyObjective:
 
     def ratio(self, logp: Tensor, tokens: TokenBatch) -> Tensor:
         """``[N]`` ratio of the current to the old policy, at the objective's level."""
-        log_ratio = self.log_ratio(logp, tokens)
+        return self._ratio(self.log_ratio(logp, tokens), tokens)
+
+    def _ratio(self, log_ratio: Tensor, tokens: TokenBatch) -> Tensor:
         if self.level == "sequence":
             assert tokens.cu_seqlens is not None, "prepare() checks this"
             log_ratio = sequence_mean(log_ratio, tokens.cu_seqlens)
@@ -233,10 +235,10 @@ class PolicyObjective:
 
     def rows(self, logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
         """``[N]`` loss of every row before aggregation; ``tokens`` must have been prepared."""
-        ratio, importance = self.ratio(logp, tokens), self.importance(logp, tokens)
+        log_ratio, importance = self.log_ratio(logp, tokens), self.importance(logp, tokens)
+        ratio = self._ratio(log_ratio, tokens)
         advantage = torch.ones_like(logp) if tokens.advantages is None else tokens.advantages
         boundaries = tokens.cu_seqlens if self._whole else None
-        log_ratio = self.log_ratio(logp, tokens)
         loss = self._surrogate(Rows(logp, entropy, log_ratio, ratio, advantage, importance, self, boundaries))
         if loss.shape != logp.shape:
             raise ValueError(f"the surrogate must return one loss a row, {list(logp.shape)}; got {list(loss.shape)}")

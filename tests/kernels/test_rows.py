@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,14 @@ from revisual_fast import PolicyObjective, TokenBatch, linear_policy_loss, polic
 from revisual_fast.kernels import plan
 from revisual_fast.kernels.reference import TorchChunk, Transform
 from revisual_fast.losses import loss_gradients
+from tests.devices import DEVICE, ON_DEVICE
 from tests.numerics import make, make_tokens, relative_error
 
 pytest.importorskip("triton")
 from revisual_fast.kernels.objective import CORRECTIONS, KL_FORMS, SURROGATES
 from revisual_fast.kernels.rows import TritonChunk
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Memory that nobody has written holds nan."""
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+pytestmark = ON_DEVICE
 
 
 def random_logits(kind: str, n: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,28 +1,13 @@
 """The gather of rows with targets: its gradient against float64, in every dtype and on both backends."""
 
-import importlib.util
-import os
-
 import pytest
 import torch
 
 from revisual_fast.kernels.dispatch import pick_backend
 from revisual_fast.kernels.gather import gather_rows, gather_rows_backward
+from tests.devices import BACKENDS, DEVICE, ON_DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-CAN_TRITON = importlib.util.find_spec("triton") and (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
-needs_triton = pytest.mark.skipif(not CAN_TRITON, reason="needs triton, with TRITON_INTERPRET=1 where there is no GPU")
-BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Memory that nobody wrote is nan."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = [*ON_DEVICE, pytest.mark.usefixtures("poisoned_and_deterministic")]
 
 
 def make_rows(groups: int = 5, completions: int = 12, length: int = 3) -> tuple[torch.Tensor, int]:

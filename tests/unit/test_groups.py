@@ -1,8 +1,6 @@
 """Group advantages and PAD on the device: the same as ``revisual_fast.advantages``, on both backends."""
 
-import importlib.util
 import math
-import os
 from collections import Counter
 
 import pytest
@@ -11,23 +9,11 @@ import torch
 from revisual_fast import advantages as general
 from revisual_fast.kernels import groups
 from revisual_fast.kernels.groups import group_advantages, pad_mask
+from tests.devices import BACKENDS, DEVICE, ON_DEVICE, needs_triton
 from tests.unit.test_advantages import naive_inclusion
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-CAN_TRITON = importlib.util.find_spec("triton") and (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
-needs_triton = pytest.mark.skipif(not CAN_TRITON, reason="needs triton, with TRITON_INTERPRET=1 where there is no GPU")
-BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
+pytestmark = [*ON_DEVICE, pytest.mark.usefixtures("poisoned_and_deterministic")]
 SIZES = [8, 8, 1, 3, 200, 65, 64, 2]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Memory that nobody wrote is nan."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def cumulated(sizes: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:

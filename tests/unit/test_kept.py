@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,15 +107,7 @@ def within_twice_plain(got: Result, case: Case, dtype: torch.dtype, needs: tuple
         assert relative_error(value, exact[i]) <= bound, ("logp", "entropy", "dX", "dW", "db")[i]
 
 
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """New memory is full of nan, and operations that are not deterministic raise."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned_and_deterministic")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("variant", ["all", "no bias", "no entropy"])
