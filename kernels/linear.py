@@ -12,7 +12,6 @@ The gradient GEMMs multiply operands of hidden's dtype. dW is accumulated in fp3
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from revisual_fast.kernels.plan import (
     statistics_dtype,
 )
 from revisual_fast.kernels.reference import Transform
+from revisual_fast.kernels.rows import KernelChunk, RawRows, row_kernels, solve
 
 BLOCK_BYTES = 4 << 20
 """Of the weight or its gradient in fp32, what a CPU converts or adds up at a time: it stays in the cache."""
@@ -74,7 +74,8 @@ class Head:
         self.stats = statistics_dtype(hidden.dtype)
         self.logits_dtype = torch.promote_types(logits_dtype, hidden.dtype)
         self.bias = None if bias is None else bias.to(self.stats).contiguous()
-        self.n_rows, self.device, self.backend = len(hidden), hidden.device, backend
+        self.n_rows, self.device = len(hidden), hidden.device
+        self.kernels = None if backend == "torch" else row_kernels(backend)
         self.size = rows_per_chunk(len(weight), hidden.dtype, hidden.device)
         self.buffers: dict[str, Tensor] = {}
 
@@ -90,25 +91,21 @@ class Head:
 
     def chunk_of(self, z: Tensor, rows: Rows, owned: bool) -> Chunk:
         """``z``: the raw logits of ``rows``; may be overwritten if ``owned``."""
-        if self.backend == "triton":
-            from revisual_fast.kernels.rows import TritonChunk
-
-            return TritonChunk(z, *self._of(rows), **self._triton_out(z, owned))
-        return self._torch_chunk(z, rows, owned)
+        if self.kernels is None:
+            return self._torch_chunk(z, rows, owned)
+        return KernelChunk(self.kernels, self._raw(z, rows), *self._gradient_of(z, owned))
 
     def solve(self, plan: Plan, part: Part) -> tuple[Chunk, Tensor, Tensor, Tensor | None]:
         z = self.logits(part.rows)
-        if self.backend == "triton":
-            from revisual_fast.kernels.rows import solve
-
-            return solve(z, *self._of(part.rows), plan, part, **self._triton_out(z, owned=True))
-        return reference.solve(self._torch_chunk(z, part.rows, owned=True), plan, part)
+        if self.kernels is None:
+            return reference.solve(self._torch_chunk(z, part.rows, owned=True), plan, part)
+        return solve(self.kernels, self._raw(z, part.rows), plan, part, *self._gradient_of(z, owned=True))
 
     def _torch_chunk(self, z: Tensor, rows: Rows, owned: bool) -> reference.TorchChunk:
         if not owned or z.dtype != self.stats:
             wide = self._buffer("statistics", len(z), self.stats)
             z = z.to(self.stats, copy=True) if wide is None else wide.copy_(z)
-        return reference.TorchChunk(z, *self._of(rows))
+        return reference.TorchChunk(z, self.targets[rows], self.transform.rows(rows), self.bias)
 
     def narrow(self, dz: Tensor) -> Tensor:
         """The gradient ``[k, V]`` of a chunk's logits in hidden's dtype."""
@@ -118,12 +115,12 @@ class Head:
         out = self._buffer(name, len(dz), self.hidden.dtype)
         return dz.to(self.hidden.dtype) if out is None else out.copy_(dz)
 
-    def _triton_out(self, z: Tensor, owned: bool) -> dict[str, Any]:
-        """Where the gradient goes: over the logits, if they are ours and as wide, or to a new tensor."""
-        return {"out": z if owned and z.dtype == self.hidden.dtype else None, "dtype": self.hidden.dtype}
+    def _gradient_of(self, z: Tensor, owned: bool) -> tuple[Tensor | None, torch.dtype]:
+        """Where a kernel's gradient goes (None: a new tensor; the logits, if ours and as wide), and its dtype."""
+        return z if owned and z.dtype == self.hidden.dtype else None, self.hidden.dtype
 
-    def _of(self, rows: Rows) -> tuple[Tensor, Transform, Tensor | None]:
-        return self.targets[rows], self.transform.rows(rows), self.bias
+    def _raw(self, z: Tensor, rows: Rows) -> RawRows:
+        return RawRows(z, self.targets[rows], self.transform.rows(rows), self.bias)
 
     def _buffer(self, name: str, n: int, dtype: torch.dtype) -> Tensor | None:
         """``[n, V]`` used again by every chunk. None on CUDA: the allocator does it there, and two chunks are alive."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from revisual_fast.kernels import reference
 from revisual_fast.kernels.plan import Chunk, Part, Plan, policy_pass, rows_per_chunk, statistics_dtype
 from revisual_fast.kernels.reference import Transform
+from revisual_fast.kernels.rows import KernelChunk, RawRows, row_kernels, solve
 
 
 class Logits:
@@ -24,26 +25,28 @@ class Logits:
         gradient: Tensor | None = None,  # [N, V]
     ) -> None:
         self.logits, self.targets, self.transform, self.gradient = logits, targets.contiguous(), transform, gradient
-        self.n_rows, self.device, self.backend = len(logits), logits.device, backend
+        self.n_rows, self.device = len(logits), logits.device
+        self.kernels = None if backend == "torch" else row_kernels(backend)
         self.stats = statistics_dtype(logits.dtype)
         chunk = rows_per_chunk(logits.shape[1], logits.dtype, logits.device)
-        self.size = max(self.n_rows, 1) if backend == "triton" else chunk
+        self.size = chunk if self.kernels is None else max(self.n_rows, 1)
 
     def chunk(self, rows: slice | Tensor) -> Chunk:
-        z, of = self.logits[rows], (self.targets[rows], self.transform.rows(rows))
-        if self.backend == "triton":
-            from revisual_fast.kernels.rows import TritonChunk
-
-            return TritonChunk(z, *of, out=self._out(rows))
-        return reference.TorchChunk(z.to(self.stats, copy=True), *of)
+        if self.kernels is None:
+            return self._copied(rows)
+        return KernelChunk(self.kernels, self._raw(rows), self._out(rows))
 
     def solve(self, plan: Plan, part: Part) -> tuple[Chunk, Tensor, Tensor, Tensor | None]:
-        z, of = self.logits[part.rows], (self.targets[part.rows], self.transform.rows(part.rows))
-        if self.backend == "triton":
-            from revisual_fast.kernels.rows import solve
+        if self.kernels is None:
+            return reference.solve(self._copied(part.rows), plan, part)
+        return solve(self.kernels, self._raw(part.rows), plan, part, self._out(part.rows))
 
-            return solve(z, *of, None, plan, part, out=self._out(part.rows))
-        return reference.solve(reference.TorchChunk(z.to(self.stats, copy=True), *of), plan, part)
+    def _copied(self, rows: slice | Tensor) -> reference.TorchChunk:
+        z = self.logits[rows].to(self.stats, copy=True)
+        return reference.TorchChunk(z, self.targets[rows], self.transform.rows(rows))
+
+    def _raw(self, rows: slice | Tensor) -> RawRows:
+        return RawRows(self.logits[rows], self.targets[rows], self.transform.rows(rows))
 
     def _out(self, rows: slice | Tensor) -> Tensor | None:
         return None if self.gradient is None else self.gradient[rows]

@@ -158,7 +158,7 @@ def test_torch_compile(objective: PolicyObjective) -> None:
 
 
 def test_no_recompilation_for_another_length() -> None:
-    from revisual_fast.kernels.rows import loss_kernel
+    from revisual_fast.kernels.rows_triton import loss_kernel
 
     def compiled() -> int:
         return sum(len(cache[0]) for cache in loss_kernel.device_caches.values())

@@ -14,15 +14,26 @@ from torch import Tensor
 from revisual_fast import PolicyObjective, TokenBatch, linear_policy_loss, policy_loss_from_logits
 from revisual_fast.kernels import plan
 from revisual_fast.kernels.reference import TorchChunk, Transform
+from revisual_fast.kernels.rows import KernelChunk, RawRows, row_kernels
 from revisual_fast.losses import loss_gradients
 from tests.devices import DEVICE, ON_DEVICE
 from tests.numerics import make, make_tokens, relative_error
 
 pytest.importorskip("triton")
 from revisual_fast.kernels.objective import CORRECTIONS, KL_FORMS, SURROGATES
-from revisual_fast.kernels.rows import TritonChunk
 
 pytestmark = ON_DEVICE
+
+
+def kernel_chunk(
+    z: Tensor,
+    targets: Tensor,
+    transform: Transform | None = None,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str = "triton",
+) -> KernelChunk:
+    return KernelChunk(row_kernels(backend), RawRows(z, targets, transform or Transform(), bias), out)
 
 
 def random_logits(kind: str, n: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -70,7 +81,7 @@ def test_error_is_bounded_by_plain_torch(kind: str, dtype: torch.dtype, v: int) 
     c, e = torch.linspace(-1, 2, n, device=DEVICE), torch.linspace(0.5, -0.5, n, device=DEVICE)
     wanted = exact(z, targets, c.double(), e.double())
     allowed = plain(z, targets, c, e)
-    chunk = TritonChunk(z.clone(), targets, Transform())
+    chunk = kernel_chunk(z.clone(), targets)
     got = (chunk.logp, chunk.entropy, chunk.gradient(c, e))
     # The interpreter's casts to 16 bits truncate, a device's round: one unit in the last place instead of a half.
     steps = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -102,7 +113,7 @@ def test_transform_and_bias_as_in_the_reference(temperature: bool, softcap: floa
                 None if b is None else b.double(),
             )
             wanted = wide.gradient(c.double(), None if coefficient is None else coefficient.double(), rows)
-            chunk = TritonChunk(z.clone(), targets, Transform(t, softcap), b)
+            chunk = kernel_chunk(z.clone(), targets, Transform(t, softcap), b)
             assert relative_error(chunk.logp, wide.logp) < 1e-6
             assert relative_error(chunk.entropy, wide.entropy) < 1e-6
             assert relative_error(chunk.gradient(c, coefficient, rows), wanted) < 2e-6
@@ -112,11 +123,11 @@ def test_transform_and_bias_as_in_the_reference(temperature: bool, softcap: floa
 def test_gradient_in_place_and_in_rows_of_any_stride() -> None:
     z, targets = random_logits("plain", 4, 300, torch.bfloat16)
     c = torch.ones(4, device=DEVICE)
-    beside = TritonChunk(z, targets, Transform()).gradient(c, None)
+    beside = kernel_chunk(z, targets).gradient(c, None)
     wide = torch.full((4, 777), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     strided = wide[:, :300]
     strided.copy_(z)
-    chunk = TritonChunk(strided, targets, Transform(), out=strided)
+    chunk = kernel_chunk(strided, targets, out=strided)
     assert chunk.gradient(c, None).data_ptr() == wide.data_ptr()
     assert torch.equal(strided, beside)
     assert wide[:, 300:].isnan().all()
@@ -131,8 +142,8 @@ def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
     z, targets = random_logits("plain", 3, v, torch.bfloat16)
     far.copy_(z.cpu())
     c, e = torch.ones(3), torch.full((3,), 0.5)
-    near = TritonChunk(z.cpu().clone(), targets.cpu(), Transform())
-    chunk = TritonChunk(far, targets.cpu(), Transform(), out=far)
+    near = kernel_chunk(z.cpu().clone(), targets.cpu())
+    chunk = kernel_chunk(far, targets.cpu(), out=far)
     assert torch.equal(chunk.logp, near.logp)
     chunk.gradient(c, e)
     assert torch.equal(far, near.gradient(c, e))
@@ -324,8 +335,10 @@ def test_a_saturated_softcap(scale: float, cap: float, temperature: float, backe
         return torch.autograd.grad((logp * c.to(z) + entropy * e.to(z)).sum(), z)[0]
 
     exact, plain = gradient(z.double()), gradient(z.clone())
-    kind = TritonChunk if backend == "triton" else TorchChunk
-    chunk = kind(z.clone(), targets.cpu(), Transform(torch.full((16,), temperature), float(cap)))
+    of = (z.clone(), targets.cpu(), Transform(torch.full((16,), temperature), float(cap)))
+    chunk = TorchChunk(*of) if backend == "torch" else kernel_chunk(*of, backend=backend)
+        z.clone(), targets.cpu(), Transform(torch.full((16,), temperature), float(cap))
+    )
     assert relative_error(chunk.gradient(c, e), exact) <= 2 * relative_error(plain, exact)
 
 
@@ -342,5 +355,5 @@ def test_logits_overwritten_in_place_cannot_be_used_elsewhere(backend: str) -> N
 def test_targets_outside_the_vocabulary_are_loud() -> None:
     """On the device, where nobody may look at them."""
     z, _ = random_logits("plain", 4, 50, torch.float32)
-    chunk = TritonChunk(z, torch.tensor([-100, 50, 3, 2**40], device=DEVICE), Transform())
+    chunk = kernel_chunk(z, torch.tensor([-100, 50, 3, 2**40], device=DEVICE))
     assert chunk.logp.isnan().tolist() == [True, True, False, True]
