@@ -1,13 +1,15 @@
-"""Whether the Triton kernels can run, and which backend a small kernel beside the loss runs on."""
+"""Which backend an op runs on, and why the others cannot."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 
-BACKENDS = ("auto", "triton", "torch")
+from revisual_fast.kernels.cuda_library import cuda_problem
+
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -20,16 +22,24 @@ def triton_problem(device: torch.device) -> str | None:
     return f"made for CUDA, the tensors are on {device.type}"
 
 
-def pick_backend(backend: str, device: torch.device) -> str:
-    """``triton`` or ``torch``. ``auto`` is triton for tensors on CUDA where triton is installed, torch elsewhere.
+def backend_problem(backend: str, device: torch.device) -> str | None:
+    """Why ``cuda``, ``triton`` or ``torch`` cannot run on tensors of ``device``, or None."""
+    if backend == "cuda":
+        return cuda_problem(device)
+    return triton_problem(device) if backend == "triton" else None
 
-    Raises ValueError for an unknown backend, or one that cannot run here.
+
+def pick_backend(backend: str, device: torch.device, has: Sequence[str] = ("triton", "torch")) -> str:
+    """The backend that a call with ``backend`` runs on, of those that the op ``has``, which end in ``torch``.
+
+    ``auto`` is the first that can run on tensors of a CUDA ``device``, and torch elsewhere. Raises ValueError for an
+    unknown backend, or one that cannot run here.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; it is one of {', '.join(BACKENDS)}")
-    problem = triton_problem(device)
+    if backend not in ("auto", *has):
+        raise ValueError(f"backend={backend!r} is unknown; it is one of {', '.join(('auto', *has))}")
     if backend == "auto":
-        return "triton" if problem is None and device.type == "cuda" else "torch"
-    if backend == "triton" and problem is not None:
-        raise ValueError(f"backend='triton' is {problem}; use backend='auto' or 'torch'")
+        return next(name for name in has if backend_problem(name, device) is None) if device.type == "cuda" else "torch"
+    problem = backend_problem(backend, device)
+    if problem is not None:
+        raise ValueError(f"backend={backend!r} is {problem}; use backend='auto' or 'torch'")
     return backend

@@ -337,8 +337,6 @@ def test_a_saturated_softcap(scale: float, cap: float, temperature: float, backe
     exact, plain = gradient(z.double()), gradient(z.clone())
     of = (z.clone(), targets.cpu(), Transform(torch.full((16,), temperature), float(cap)))
     chunk = TorchChunk(*of) if backend == "torch" else kernel_chunk(*of, backend=backend)
-        z.clone(), targets.cpu(), Transform(torch.full((16,), temperature), float(cap))
-    )
     assert relative_error(chunk.gradient(c, e), exact) <= 2 * relative_error(plain, exact)
 
 
