@@ -96,6 +96,51 @@ struct alignas(sizeof(T) * N) Pack {
     T at[N];
 };
 
+#ifdef __CUDACC__
+template <int BYTES>
+struct Word;  // what one access moves
+template <>
+struct Word<2> {
+    using type = unsigned short;
+};
+template <>
+struct Word<4> {
+    using type = unsigned;
+};
+template <>
+struct Word<8> {
+    using type = uint2;
+};
+template <>
+struct Word<16> {
+    using type = uint4;
+};
+#endif
+
+// One access, whatever the compiler thinks of the elements by themselves; a store goes to global memory.
+template <typename T, int N>
+HOST_DEVICE Pack<T, N> load(const Pack<T, N>* place) {
+#ifdef __CUDA_ARCH__
+    const auto word = *reinterpret_cast<const typename Word<sizeof(T) * N>::type*>(place);
+    Pack<T, N> pack;
+    memcpy(&pack, &word, sizeof(word));
+    return pack;
+#else
+    return *place;
+#endif
+}
+
+template <typename T, int N>
+HOST_DEVICE void store(Pack<T, N>* place, const Pack<T, N>& pack) {
+#ifdef __CUDA_ARCH__
+    typename Word<sizeof(T) * N>::type word;
+    memcpy(&word, &pack, sizeof(word));
+    __stwb(reinterpret_cast<typename Word<sizeof(T) * N>::type*>(place), word);
+#else
+    *place = pack;
+#endif
+}
+
 template <typename T>
 constexpr int VECTOR = 16 / sizeof(T);  // elements of the widest access
 

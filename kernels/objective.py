@@ -10,11 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from revisual_fast.kernels.plan import INLINED
-
-SURROGATES = {name: number for number, name in enumerate(INLINED)}
-KL_FORMS = {None: 0, "k1": 1, "k2": 2, "k3": 3}
-CORRECTIONS = {None: 0, "given": 1, "truncate": 2, "mask": 3}
+from revisual_fast.kernels.plan import CORRECTIONS, KL_FORMS, SURROGATES
 
 CLIP = tl.constexpr(SURROGATES["clip"])
 CISPO = tl.constexpr(SURROGATES["cispo"])

@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from revisual_fast.ranges import span
+
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
 """Size by device type of a chunk's logits and their gradient; on CUDA two chunks are alive at a time."""
 
@@ -24,8 +26,10 @@ SAVED_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 WORTH_SKIPPING = 0.05
 """Share of rows without gradient from which on gathering the others costs less than multiplying all."""
 
-INLINED = ("clip", "cispo", "sapo", "reinforce", "sft")
-"""Surrogates that the one-kernel path has, in the order of their numbers there."""
+SURROGATES = {name: number for number, name in enumerate(("clip", "cispo", "sapo", "reinforce", "sft"))}
+KL_FORMS = {None: 0, "k1": 1, "k2": 2, "k3": 3}
+CORRECTIONS = {None: 0, "given": 1, "truncate": 2, "mask": 3}
+"""What the one-kernel path has, and the numbers these go by in the kernels."""
 
 
 class Part(NamedTuple):
@@ -192,7 +196,8 @@ class Outlet:
         if self.pending is not None:
             rows, chunk, c, e, active, count, ready = self.pending
             self.pending = None
-            ready.synchronize()
+            with span("wait for the count of rows"):
+                ready.synchronize()
             self._add(rows, chunk, c, e, active, int(count))
 
     def _add(self, rows: slice | Tensor, chunk: Chunk, c: Tensor, e: Tensor | None, active: Tensor, count: int) -> None:
