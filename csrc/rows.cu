@@ -38,7 +38,7 @@ __device__ void block_gradient(const Z* row, const Span<Z>& span, G* out, int ta
 }
 
 template <typename Z, bool FULL>
-__global__ void __launch_bounds__(WARP * MOST_WARPS) statistics_kernel(Logits<Z> logits, StatisticsOut out) {
+__global__ void __launch_bounds__(WARP * MOST_WARPS, 2) statistics_kernel(Logits<Z> logits, StatisticsOut out) {
     const int64_t index = blockIdx.x;
     if (!logits.counts(index)) {
         if (threadIdx.x == 0) out.write(index, {0.0f, 0.0f, 0.0f, 1.0f});
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(WARP * MOST_WARPS) statistics_kernel(Logits<Z>
 }
 
 template <typename Z, typename G, bool FULL>
-__global__ void __launch_bounds__(WARP * MOST_WARPS)
+__global__ void __launch_bounds__(WARP * MOST_WARPS, 2)
     gradient_kernel(Logits<Z> logits, G* out, int64_t out_stride, const int64_t* rows, const float* entropy,
                     const float* top, const float* sum, const float* c, const float* e) {
     const int64_t place = blockIdx.x, index = rows == nullptr ? place : rows[place];
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(WARP * MOST_WARPS)
 }
 
 template <typename Z, typename G, bool FULL>
-__global__ void __launch_bounds__(WARP * MOST_WARPS)
+__global__ void __launch_bounds__(WARP * MOST_WARPS, 2)
     loss_kernel(Logits<Z> logits, G* out, int64_t out_stride, StatisticsOut statistics, Loss loss) {
     const int64_t index = blockIdx.x;
     G* out_row = out + index * out_stride;

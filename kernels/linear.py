@@ -30,6 +30,7 @@ from revisual_fast.kernels.plan import (
 )
 from revisual_fast.kernels.reference import Transform
 from revisual_fast.kernels.rows import KernelChunk, RawRows, row_kernels, solve
+from revisual_fast.ranges import ranged, span
 
 BLOCK_BYTES = 4 << 20
 """Of the weight or its gradient in fp32, what a CPU converts or adds up at a time: it stays in the cache."""
@@ -79,6 +80,7 @@ class Head:
         self.size = rows_per_chunk(len(weight), hidden.dtype, hidden.device)
         self.buffers: dict[str, Tensor] = {}
 
+    @ranged("logits GEMM")
     def logits(self, rows: Rows, out: Tensor | None = None) -> Tensor:
         """Raw logits ``[n, V]`` without bias, of ``logits_dtype``: 2 n D V."""
         hidden = self.hidden[rows]
@@ -89,6 +91,7 @@ class Head:
         z = self.logits(rows) if self.saved is None else self.saved[rows]
         return self.chunk_of(z, rows, owned=self.saved is None)
 
+    @ranged("rows")
     def chunk_of(self, z: Tensor, rows: Rows, owned: bool) -> Chunk:
         """``z``: the raw logits of ``rows``; may be overwritten if ``owned``."""
         if self.kernels is None:
@@ -97,9 +100,10 @@ class Head:
 
     def solve(self, plan: Plan, part: Part) -> tuple[Chunk, Tensor, Tensor, Tensor | None]:
         z = self.logits(part.rows)
-        if self.kernels is None:
-            return reference.solve(self._torch_chunk(z, part.rows, owned=True), plan, part)
-        return solve(self.kernels, self._raw(z, part.rows), plan, part, *self._gradient_of(z, owned=True))
+        with span("rows"):
+            if self.kernels is None:
+                return reference.solve(self._torch_chunk(z, part.rows, owned=True), plan, part)
+            return solve(self.kernels, self._raw(z, part.rows), plan, part, *self._gradient_of(z, owned=True))
 
     def _torch_chunk(self, z: Tensor, rows: Rows, owned: bool) -> reference.TorchChunk:
         if not owned or z.dtype != self.stats:
@@ -142,15 +146,19 @@ class HeadGradient:
         self.bias = zeros(len(head.weight), dtype=head.stats) if needs[2] else None
 
     def add(self, rows: Rows, chunk: Chunk, c: Tensor, e: Tensor | None, index: Tensor | None) -> None:
-        dz, hidden = self.head.narrow(chunk.gradient(c, e, index)), self.head.hidden
+        hidden = self.head.hidden
+        with span("row gradients"):
+            dz = self.head.narrow(chunk.gradient(c, e, index))
         if index is not None:
             rows = index + rows.start if isinstance(rows, slice) else rows[index]
         if self.bias is not None:
             self.bias.add_(dz.sum(dim=0, dtype=self.bias.dtype))
         if self.hidden is not None:
-            self.hidden[rows] = matmul(dz, self.head.weight, hidden.dtype)
+            with span("dX GEMM"):
+                self.hidden[rows] = matmul(dz, self.head.weight, hidden.dtype)
         if self.weight is not None:
-            _accumulate(self.weight, dz.t(), hidden[rows])
+            with span("dW GEMM"):
+                _accumulate(self.weight, dz.t(), hidden[rows])
 
     def results(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dX, dW, db), each in the dtype of what it is the gradient of. The chunks' buffers are given back first."""

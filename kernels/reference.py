@@ -7,7 +7,7 @@ fp32 (fp64 for fp64 inputs). All passes over the logits go block by block, in si
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,13 +26,18 @@ BLOCK_BYTES = {"cpu": 4 << 20}
 
 @dataclass(frozen=True)
 class Transform:
-    """From raw logits to the ``z`` of the statistics: softcap first (``cap tanh(z / cap)``), then ``/ temperature``."""
+    """From raw logits to the ``z`` of the statistics: softcap first (``cap tanh(z / cap)``), then ``/ temperature``.
+
+    Where ``mask`` is False, nobody looks at a row's logits, target or temperature: logp, entropy and gradient are 0.
+    """
 
     temperature: Tensor | None = None  # [N]
     softcap: float | None = None
+    mask: Tensor | None = None  # [N] bool; None: every row counts
 
     def rows(self, rows: slice | Tensor) -> Transform:
-        return Transform(None if self.temperature is None else self.temperature[rows], self.softcap)
+        temperature, mask = (None if t is None else t[rows] for t in (self.temperature, self.mask))
+        return Transform(temperature, self.softcap, mask)
 
 
 class TorchChunk:
@@ -50,14 +55,24 @@ class TorchChunk:
         transform: Transform,
         bias: Tensor | None = None,  # [V]
     ) -> None:
+        self.dropped = None if transform.mask is None else ~transform.mask  # [n]
+        if self.dropped is not None:  # harmless values stand in for whatever these rows hold
+            targets = targets.masked_fill(self.dropped, 0)
+            if transform.temperature is not None:
+                transform = replace(transform, temperature=transform.temperature.masked_fill(self.dropped, 1))
         self.buffer, self.targets, self.transform = z, targets[:, None], transform
         self.logp, self.entropy, self.lse = (z.new_empty(len(z)) for _ in range(3))
         scratch: list[Tensor] = []
         for at in _blocks(z):
+            if self.dropped is not None:
+                z[at].masked_fill_(self.dropped[at, None], 0)
             if bias is not None:
                 z[at].add_(bias)
             scratch = scratch or [torch.empty_like(z[at]) for _ in range(1 if transform.softcap is None else 2)]
             self._normalise(at, scratch)
+        if self.dropped is not None:
+            self.logp.masked_fill_(self.dropped, 0)
+            self.entropy.masked_fill_(self.dropped, 0)
 
     def _normalise(self, at: slice, scratch: list[Tensor]) -> None:
         """Statistics of a block; its logits become probabilities, or their tanh. ``scratch`` is as large as a block."""
@@ -88,6 +103,9 @@ class TorchChunk:
         )
         logp, entropy, lse = logp[:, None].clamp(min=LOWEST), self.entropy[rows, None], self.lse[rows, None]
         c, e = c[rows, None], None if e is None else e[rows, None]
+        if self.dropped is not None:
+            c = c.masked_fill(self.dropped[rows, None], 0)
+            e = None if e is None else e.masked_fill(self.dropped[rows, None], 0)
         if transform.temperature is not None:
             c, e = c / transform.temperature[:, None], None if e is None else e / transform.temperature[:, None]
         p_target = logp.exp()

@@ -16,14 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from revisual_fast.kernels.launch import ROW_LAUNCHES, Launch, row_launch
-from revisual_fast.kernels.objective import CORRECTIONS, KL_FORMS, SURROGATES, token_objective
-from revisual_fast.kernels.plan import Inline
+from revisual_fast.kernels.objective import token_objective
+from revisual_fast.kernels.plan import CORRECTIONS, KL_FORMS, SURROGATES, Inline
 from revisual_fast.kernels.rows import RawRows
 
 LOWEST = tl.constexpr(-1e30)  # stands for minus infinity, so that p log p is 0 and not nan
 
 
-ROW_VECTORS = ["target_ptr", "temperature_ptr", "logp_ptr", "entropy_ptr", "top_ptr", "total_ptr", "c_ptr", "e_ptr"]
+ROW_VECTORS = ["target_ptr", "temperature_ptr", "mask_ptr", "logp_ptr", "entropy_ptr", "top_ptr", "total_ptr"]
+ROW_VECTORS += ["c_ptr", "e_ptr"]
 TOKEN_VECTORS = ["loss_ptr", "advantage_ptr", "old_ptr", "ref_ptr", "rollout_ptr", "weight_ptr"]
 """``[n]`` vectors begin wherever a chunk does: their alignment is no reason to compile again."""
 
@@ -128,6 +129,14 @@ def row_gradient(
         tl.store(out_ptr + cols, g.to(out_ptr.dtype.element_ty), mask=cols < V)
 
 
+@triton.jit
+def write_zeros(out_ptr, V, BLOCK: tl.constexpr):
+    """The gradient of a row that does not count."""
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + cols, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=cols < V)
+
+
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=ROW_VECTORS)
 def statistics_kernel(
     z_ptr,
@@ -135,6 +144,7 @@ def statistics_kernel(
     bias_ptr,
     target_ptr,
     temperature_ptr,
+    mask_ptr,
     logp_ptr,
     entropy_ptr,
     top_ptr,
@@ -145,6 +155,12 @@ def statistics_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if mask_ptr is not None and not tl.load(mask_ptr + row):
+        tl.store(logp_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+        tl.store(top_ptr + row, 0.0)
+        tl.store(total_ptr + row, 0.0)
+        return
     temperature = tl.load(temperature_ptr + row) if temperature_ptr is not None else None
     target = tl.load(target_ptr + row)
     logp, entropy, top, log_total = row_statistics(
@@ -166,6 +182,7 @@ def gradient_kernel(
     bias_ptr,
     target_ptr,
     temperature_ptr,
+    mask_ptr,
     entropy_ptr,
     top_ptr,
     total_ptr,
@@ -178,6 +195,9 @@ def gradient_kernel(
 ):
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(index_ptr + place) if index_ptr is not None else place
+    if mask_ptr is not None and not tl.load(mask_ptr + row):
+        write_zeros(out_ptr + place * out_stride, V, BLOCK)
+        return
     temperature = tl.load(temperature_ptr + row) if temperature_ptr is not None else None
     e = tl.load(e_ptr + row) if e_ptr is not None else None
     row_gradient(
@@ -206,6 +226,7 @@ def loss_kernel(
     bias_ptr,
     target_ptr,
     temperature_ptr,
+    mask_ptr,
     logp_ptr,
     entropy_ptr,
     loss_ptr,
@@ -235,6 +256,15 @@ def loss_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if mask_ptr is not None and not tl.load(mask_ptr + row):
+        tl.store(logp_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(c_ptr + row, 0.0)
+        if e_ptr is not None:
+            tl.store(e_ptr + row, 0.0)
+        write_zeros(out_ptr + row * out_stride, V, BLOCK)
+        return
     temperature = tl.load(temperature_ptr + row) if temperature_ptr is not None else None
     target = tl.load(target_ptr + row)
     z_ptr += row * z_stride
@@ -288,7 +318,7 @@ def statistics(rows: RawRows, logp: Tensor, entropy: Tensor, top: Tensor, total:
     """Writes ``[n]`` vectors; ``top`` and ``total`` are what :func:`gradient` needs besides."""
     z, transform = rows.z, rows.transform
     statistics_kernel[(len(z),)](
-        *(z, z.stride(0), rows.bias, rows.targets, transform.temperature),
+        *(z, z.stride(0), rows.bias, rows.targets, transform.temperature, transform.mask),
         *(logp, entropy, top, total, len(z), z.shape[1], transform.softcap),
         **_launch(z),
     )
@@ -307,7 +337,8 @@ def gradient(
     """Writes the gradient of the rows' raw logits to ``out``."""
     z, transform = rows.z, rows.transform
     gradient_kernel[(len(out),)](
-        *(z, z.stride(0), out, out.stride(0), index, rows.bias, rows.targets, transform.temperature),
+        *(z, z.stride(0), out, out.stride(0), index),
+        *(rows.bias, rows.targets, transform.temperature, transform.mask),
         *(entropy, top, total, c, e, len(out), z.shape[1], transform.softcap),
         **_launch(z),
     )
@@ -327,7 +358,8 @@ def loss(
     """Writes statistics, loss, ``c``, ``e`` and the gradient of the rows' raw logits."""
     z, transform, o = rows.z, rows.transform, objective
     loss_kernel[(len(z),)](
-        *(z, z.stride(0), out, out.stride(0), rows.bias, rows.targets, transform.temperature),
+        *(z, z.stride(0), out, out.stride(0)),
+        *(rows.bias, rows.targets, transform.temperature, transform.mask),
         *(logp, entropy, losses, c, e, *vectors),
         *(len(z), z.shape[1], transform.softcap, *o.numbers),
         SURROGATE=SURROGATES[o.surrogate],
@@ -345,13 +377,14 @@ def _launch(z: Tensor) -> dict[str, int]:
 
 def gates() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """What is compiled without a GPU to see that it compiles: (kernel, signature, constexprs, warps)."""
-    lean = ("bias_ptr", "temperature_ptr", "softcap", "e_ptr", "index_ptr")
+    lean = ("bias_ptr", "temperature_ptr", "mask_ptr", "softcap", "e_ptr", "index_ptr")
     found = []
     for launch in dict.fromkeys(launch for _, launch in ROW_LAUNCHES):
         longest = launch == ROW_LAUNCHES[-1][1]
         for z, out in (("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp32"), ("fp16", "fp16"))[: 4 if longest else 1]:
-            for absent in (lean, ()):
-                settings = {"SURROGATE": 0, "KL": 3, "KL_BIAS": not absent, "CORRECTION": 0 if absent else 2}
+            for absent in (lean, ("mask_ptr",), ())[: 3 if z == "bf16" else 2]:
+                full = absent is not lean
+                settings = {"SURROGATE": 0, "KL": 3, "KL_BIAS": full, "CORRECTION": 2 if full else 0}
                 constants = {**dict.fromkeys(absent), **settings}
                 found += [
                     _gate(k, z, out, launch, constants) for k in (statistics_kernel, gradient_kernel, loss_kernel)
@@ -372,7 +405,7 @@ def _gate(
 
 def _signature(kernel: Any, z: str, out: str) -> dict[str, str]:
     kinds = {"z_ptr": f"*{z}", "out_ptr": f"*{out}", "target_ptr": "*i64", "index_ptr": "*i64"}
-    kinds |= {"z_stride": "i64", "out_stride": "i64", "n_rows": "i32", "V": "i32"}
+    kinds |= {"mask_ptr": "*i1", "z_stride": "i64", "out_stride": "i64", "n_rows": "i32", "V": "i32"}
     constants = {"SURROGATE", "KL", "KL_BIAS", "CORRECTION", "BLOCK"}
     return {
         name: "constexpr" if name in constants else kinds.get(name, "*fp32" if name.endswith("_ptr") else "fp32")

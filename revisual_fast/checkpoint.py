@@ -17,6 +17,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from revisual_fast.ranges import ranged
+
 __all__ = ["Checkpoints", "write_atomically", "write_text_atomically"]
 
 
@@ -45,6 +47,7 @@ class Checkpoints:
         found = self.all()
         return found[-1] if found else None
 
+    @ranged("checkpoint")
     def save(
         self,
         global_step: int,

@@ -21,6 +21,7 @@ from revisual_fast.policy.init import build
 from revisual_fast.policy.liger import use_liger
 from revisual_fast.policy.load import check_model_path, export_model, load_policy, pick_device, quiet_transformers
 from revisual_fast.policy.model import Policy
+from revisual_fast.ranges import ranged, span
 from revisual_fast.rollout.hf import HFEngine
 from revisual_fast.run_dir import RunDir
 from revisual_fast.seeds import seed_for
@@ -83,7 +84,9 @@ class Curriculum:
             if self.resumed_from is None:
                 self._evaluate_start()
             while self.state["stage"] < len(self.config.curriculum):
-                self._run_stage(self.config.curriculum[self.state["stage"]])
+                name = self.config.curriculum[self.state["stage"]]
+                with span(f"stage {name}"):
+                    self._run_stage(name)
                 if self.stop.requested:
                     raise Interrupted(f"stopped; saved {self.checkpoints.latest()}; continue with --resume")
         return self._report()
@@ -254,6 +257,7 @@ class Curriculum:
 
     # -- a stage and its model
 
+    @ranged("load")
     def build_stage(self, name: str) -> Stage:
         """The current stage, at its start or where the checkpoint left it."""
         stage, midway = self.config.stages[name], self.stage_state
@@ -301,6 +305,7 @@ class Curriculum:
             prefill_tokens=self.config.train.micro_batch_tokens,
         )
 
+    @ranged("export")
     def _export(self, policy: Policy, folder: Path) -> None:
         export_model(policy, folder)
         self.processor.save(folder)
@@ -334,6 +339,7 @@ class Curriculum:
     def _write_run(self) -> None:
         self.run_dir.write(self.state, self.header, self.bad_records.counts)
 
+    @ranged("report")
     def _report(self) -> Path:
         self._write_run()
         return write_report(self.run_dir.path)[1]

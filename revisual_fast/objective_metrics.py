@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from revisual_fast.losses import Objective, PolicyObjective, TokenBatch, segment_sum
+from revisual_fast.losses import Objective, PolicyObjective, TokenBatch, counted, segment_mean
 
 __all__ = ["metric_names", "policy_metrics"]
 
@@ -28,7 +28,7 @@ def metric_names(objective: Objective, tokens: TokenBatch) -> tuple[str, ...]:
 
 @torch.no_grad()
 def policy_metrics(objective: Objective, logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> dict[str, Tensor]:
-    """0-d tensors, plain means and maxima over the rows (0 if there are none), without host sync.
+    """0-d tensors, plain means and maxima over the rows that count (0 if there are none), without host sync.
 
     ``entropy``; ``ratio/mean``, ``ratio/max`` at the objective's level; ``clip_fraction`` (clip, cispo, gmpo), the
     share of rows whose bound is active; ``masked_sequences``, the share of sequences that ``off_policy_mask`` takes
@@ -37,18 +37,18 @@ def policy_metrics(objective: Objective, logp: Tensor, entropy: Tensor, tokens: 
     and kl are known.
     """
     o = objective if isinstance(objective, PolicyObjective) else _OF_A_FUNCTION
-    ratio, importance = o.ratio(logp, tokens), o.importance(logp, tokens)
-    metrics = {"entropy": _mean(entropy), "ratio/mean": _mean(ratio), "ratio/max": _max(ratio)}
+    ratio, importance, mask = o.ratio(logp, tokens), o.importance(logp, tokens), tokens.mask
+    metrics = {"entropy": _mean(entropy, mask), "ratio/mean": _mean(ratio, mask), "ratio/max": _max(ratio, mask)}
     clipped = _clipped(o, o.log_ratio(logp, tokens) if o.surrogate == "gmpo" else ratio, tokens)
     if clipped is not None:
-        metrics["clip_fraction"] = _mean(clipped.to(logp.dtype))
+        metrics["clip_fraction"] = _mean(clipped.to(logp.dtype), mask)
     if o.off_policy_mask is not None:
         metrics["masked_sequences"] = _sequence_share(o.masked(logp, tokens), logp, tokens)
     if tokens.ref_logp is not None:
         difference = tokens.ref_logp - logp
-        metrics["kl"] = _mean(torch.expm1(difference) - difference)
+        metrics["kl"] = _mean(torch.expm1(difference) - difference, mask)
     if importance is not None:
-        metrics["importance/mean"], metrics["importance/max"] = _mean(importance), _max(importance)
+        metrics["importance/mean"], metrics["importance/max"] = _mean(importance, mask), _max(importance, mask)
     return metrics
 
 
@@ -74,12 +74,14 @@ def _sequence_share(masked: Tensor | None, logp: Tensor, tokens: TokenBatch) -> 
     if masked is None:
         return logp.new_zeros(())
     assert tokens.cu_seqlens is not None, "prepare() checks this"
-    return _mean(segment_sum(masked.to(logp.dtype), tokens.cu_seqlens) / tokens.cu_seqlens.diff().clamp(min=1))
+    return _mean(segment_mean(masked.to(logp.dtype), tokens.cu_seqlens, tokens.mask))
 
 
-def _mean(values: Tensor) -> Tensor:
-    return values.sum() / max(len(values), 1)
+def _mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    return counted(values, mask).sum() / (max(len(values), 1) if mask is None else mask.sum().clamp(min=1))
 
 
-def _max(values: Tensor) -> Tensor:
-    return values.max() if len(values) else values.new_zeros(())
+def _max(values: Tensor, mask: Tensor | None) -> Tensor:
+    if len(values) == 0:
+        return values.new_zeros(())
+    return values.max() if mask is None else values.masked_fill(~mask, -math.inf).max().masked_fill(~mask.any(), 0)

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from revisual_fast import library
-from revisual_fast.kernels.dispatch import triton_problem
+from revisual_fast.kernels.dispatch import backend_problem
 from revisual_fast.kernels.gather import gather_rows
 from revisual_fast.kernels.groups import PadMask, pad_mask
 from revisual_fast.kernels.groups import group_advantages as packed_group_advantages
 from revisual_fast.kernels.plan import statistics_dtype
-from revisual_fast.losses import Objective, PolicyObjective, TokenBatch
+from revisual_fast.losses import Objective, PolicyObjective, TokenBatch, check_mask, counted
 from revisual_fast.objective_metrics import metric_names, policy_metrics
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
 
 OPS = ("linear_logprob", "linear_policy_loss", "policy_loss_from_logits")
 BACKENDS = ("cuda", "triton", "torch")
-NO_CUDA_KERNELS = "not built: this version has no CUDA kernels"
 SamplingMask = tuple[Tensor, Tensor]
 
 
@@ -62,30 +61,47 @@ def available_backends(op_name: str) -> dict[str, str]:
     """
     if op_name not in OPS:
         raise ValueError(f"op_name={op_name!r} is unknown; it is one of {', '.join(OPS)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {"cuda": NO_CUDA_KERNELS, "triton": triton_problem(device) or "yes", "torch": "yes"}
+    return {name: _problem(name, _default_device()) or "yes" for name in BACKENDS}
 
 
-def resolve_backend(op_name: str, backend: str = "auto", rows: Tensor | None = None) -> str:
+def resolve_backend(
+    op_name: str, backend: str = "auto", rows: Tensor | None = None, sampling_mask: SamplingMask | None = None
+) -> str:
     """The backend that a call with ``backend`` runs on, for the tensor ``rows`` where it is given.
 
-    "auto" takes triton for CUDA tensors of 16 or 32 bits and torch for all others. Raises ValueError if the backend is
-    unknown or cannot run here.
+    "auto" takes, for CUDA tensors of 16 or 32 bits, cuda where it is built, else triton; torch for all others. Raises
+    ValueError if the backend is unknown or cannot run here.
     """
     if op_name not in OPS:
         raise ValueError(f"op_name={op_name!r} is unknown; it is one of {', '.join(OPS)}")
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend={backend!r} is unknown; it is one of auto, {', '.join(BACKENDS)}")
-    device = rows.device if rows is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problem = triton_problem(device)
-    if rows is not None and rows.dtype == torch.float64:
-        problem = problem or "made for fp32 statistics; these rows are float64"
+    device = _default_device() if rows is None else rows.device
     if backend == "auto":
-        return "triton" if problem is None and device.type == "cuda" else "torch"
-    problem = {"cuda": NO_CUDA_KERNELS, "triton": problem, "torch": None}[backend]
+        for name in BACKENDS if device.type == "cuda" else ():
+            if _problem(name, device, rows, sampling_mask) is None:
+                return name
+        return "torch"
+    problem = _problem(backend, device, rows, sampling_mask)
     if problem is not None:
         raise ValueError(f"backend={backend!r} of {op_name} is {problem}; use backend='auto' or 'torch'")
     return backend
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _problem(
+    backend: str, device: torch.device, rows: Tensor | None = None, sampling_mask: SamplingMask | None = None
+) -> str | None:
+    """Why a backend cannot do it, or None."""
+    problem = backend_problem(backend, device)
+    if problem is None and backend != "torch" and rows is not None and rows.dtype == torch.float64:
+        return "made for fp32 statistics; these rows are float64"
+    if problem is None and backend == "cuda" and sampling_mask is not None:
+        return "without kernels for a sampling mask"
+    return problem
 
 
 def linear_logprob(
@@ -112,8 +128,9 @@ def linear_logprob(
     log-prob and entropy are then those of the renormalised distribution, from its columns only. Targets are checked to
     lie in ``[0, V)`` on the CPU only, where that costs no sync. Raises ValueError for shapes or dtypes that do not fit.
     """
-    backend = resolve_backend("linear_logprob", backend, hidden)
-    logits_dtype = _check_head(hidden, weight, targets, bias, logits_dtype)
+    backend = resolve_backend("linear_logprob", backend, hidden, sampling_mask)
+    logits_dtype = _check_head(hidden, weight, bias, logits_dtype)
+    _check_targets(targets, hidden, len(weight))
     tensors = (hidden, weight, bias, targets, _temperature(temperature, hidden), *_mask(sampling_mask))
     settings = (_softcap(softcap), logits_dtype, backend, skip_inactive, any(_needs(hidden, weight, bias)))
     return _LinearLogprob.apply(*tensors, *settings)
@@ -141,18 +158,24 @@ def linear_policy_loss(
     chunk, and an objective that is the caller's own function over more rows than a chunk has, take 8. ``skip_inactive``
     drops rows whose gradient is exactly 0 before the gradient products; on CUDA the host then waits for a count of each
     chunk, while the device works on the next one (``False``: no wait at all). ``objective`` may be any callable ``(logp
-    [N], entropy [N], tokens) -> scalar``. With ``sampling_mask`` the objective may contain neither a KL nor an entropy
-    term: both are defined over the full vocabulary. No rows: loss 0, zero gradients, metrics 0. Arguments as for
+    [N], entropy [N], tokens) -> scalar``. A row where ``tokens.mask`` is False does not count, whatever its hidden
+    state and target: its log-prob, entropy and gradient are 0. With ``sampling_mask``, which excludes a mask of rows,
+    the objective may contain neither a KL nor an entropy term: both are defined over the full vocabulary. No rows: loss
+    0, zero gradients, metrics 0. Arguments as for
     :func:`linear_logprob`. Raises ValueError also where ``tokens`` lacks what the objective needs.
     """
-    backend = resolve_backend("linear_policy_loss", backend, hidden)
-    logits_dtype = _check_head(hidden, weight, targets, bias, logits_dtype)
+    backend = resolve_backend("linear_policy_loss", backend, hidden, sampling_mask)
+    logits_dtype = _check_head(hidden, weight, bias, logits_dtype)
     _check_tokens(tokens, hidden)
-    _check_objective(objective, sampling_mask)
+    _check_targets(targets, hidden, len(weight), tokens.mask)
+    _check_objective(objective, tokens, sampling_mask)
     inputs = (hidden, weight, bias)
     if torch.compiler.is_compiling() and not library.objective_key(objective):
         shared: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "backend": backend}
         shared |= {"sampling_mask": sampling_mask, "logits_dtype": logits_dtype, "skip_inactive": skip_inactive}
+        if tokens.mask is not None:
+            dropped = ~tokens.mask.to(hidden.device)
+            hidden, targets = hidden.masked_fill(dropped[:, None], 0), targets.masked_fill(dropped, 0)
         return _traced(objective, tokens, *linear_logprob(hidden, weight, targets, **shared))
     loss, logp, entropy, metrics, *gradients = library.linear_policy_loss(
         *(_detached(t) for t in inputs),
@@ -190,13 +213,13 @@ def policy_loss_from_logits(
     logits must not need its output for its own backward pass: a linear layer does not. Nobody may read them afterwards:
     what does gets gradients for logits, and nothing can detect it. Otherwise as :func:`linear_policy_loss`.
     """
-    backend = resolve_backend("policy_loss_from_logits", backend, logits)
+    backend = resolve_backend("policy_loss_from_logits", backend, logits, sampling_mask)
     if logits.ndim != 2:
         raise ValueError(f"logits must be [N, V]; got {list(logits.shape)}: flatten the batch, keep rows with a target")
     _check_dtype("logits", logits)
-    _check_targets(targets, logits, logits.shape[1])
     _check_tokens(tokens, logits)
-    _check_objective(objective, sampling_mask)
+    _check_targets(targets, logits, logits.shape[1], tokens.mask)
+    _check_objective(objective, tokens, sampling_mask)
     (needed, *_), rows = _needs(logits), _with_contiguous_rows(logits.detach(), inplace)
     transform = (_temperature(temperature, logits), _softcap(softcap), *_mask(sampling_mask))
     if torch.compiler.is_compiling() and not library.objective_key(objective):
@@ -274,6 +297,7 @@ def _traced(objective: Objective, tokens: TokenBatch, logp: Tensor, entropy: Ten
         tokens, _ = objective.prepare(tokens, len(logp), logp.dtype, logp.device)
     else:
         tokens = tokens.expanded(len(logp), logp.dtype, logp.device)
+    logp, entropy = counted(logp, tokens.mask), counted(entropy, tokens.mask)
     loss = objective(logp, entropy, tokens)
     logp, entropy = logp.detach(), entropy.detach()
     return PolicyLoss(loss, logp, entropy, policy_metrics(objective, logp, entropy, tokens))
@@ -316,9 +340,7 @@ def _named(objective: Objective, tokens: TokenBatch, metrics: Tensor) -> dict[st
 # Checks
 
 
-def _check_head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, logits_dtype: str | torch.dtype
-) -> str:
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: str | torch.dtype) -> str:
     """Raises ValueError for what does not fit; returns the name of ``logits_dtype``."""
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [N, D]; got {list(hidden.shape)}: flatten the batch, keep rows with a target")
@@ -340,7 +362,6 @@ def _check_head(
             raise ValueError(f"bias must be [V] = [{len(weight)}]; got {list(bias.shape)}")
         _check_dtype("bias", bias)
         _check_device("bias", bias, hidden)
-    _check_targets(targets, hidden, len(weight))
     name = str(logits_dtype).removeprefix("torch.")
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"logits_dtype={logits_dtype!r} is unknown; it is one of float32, bfloat16")
@@ -359,16 +380,20 @@ def _check_device(name: str, tensor: Tensor, rows: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, the rows on {rows.device}: move it")
 
 
-def _check_targets(targets: Tensor, rows: Tensor, vocab: int) -> None:
+def _check_targets(targets: Tensor, rows: Tensor, vocab: int, mask: Tensor | None = None) -> None:
     if targets.shape != rows.shape[:1]:
         raise ValueError(f"targets must be [{len(rows)}], one for each row; got {list(targets.shape)}")
     if targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64; got {targets.dtype}: targets.long()")
     _check_device("targets", targets, rows)
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+    if targets.device.type != "cpu" or torch.compiler.is_compiling() or (mask is not None and mask.is_meta):
         return
-    if len(targets) and (targets.min() < 0 or targets.max() >= vocab):
-        raise ValueError(f"targets must lie in [0, {vocab}); drop the rows without a target: hidden[targets >= 0]")
+    outside = counted((targets < 0) | (targets >= vocab), None if mask is None else mask.to(targets.device))
+    if outside.any():
+        raise ValueError(
+            f"targets must lie in [0, {vocab}); drop the rows without a target, hidden[targets >= 0], or give the "
+            f"policy loss tokens.mask"
+        )
 
 
 def _check_tokens(tokens: TokenBatch, rows: Tensor) -> None:
@@ -378,6 +403,8 @@ def _check_tokens(tokens: TokenBatch, rows: Tensor) -> None:
         value = getattr(tokens, name)
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(f"tokens.{name} must be a tensor; got {type(value).__name__}: torch.tensor(...)")
+    if tokens.mask is not None:
+        check_mask(tokens.mask, rows.shape[0])
     if rows.dtype == torch.float16 and tokens.weight is None and torch.is_grad_enabled():
         raise ValueError(
             "the fp16 gradient is made with the loss, before a GradScaler could scale it, and would underflow: pass "
@@ -393,8 +420,13 @@ def check_objective(objective: Objective) -> Objective:
     return objective
 
 
-def _check_objective(objective: Objective, sampling_mask: SamplingMask | None) -> None:
+def _check_objective(objective: Objective, tokens: TokenBatch, sampling_mask: SamplingMask | None) -> None:
     check_objective(objective)
+    if sampling_mask is not None and tokens.mask is not None:
+        raise ValueError(
+            "tokens.mask with sampling_mask: rows that were not sampled have no kept set; pass in the rows that count "
+            "only, hidden[mask], and mask=None"
+        )
     if sampling_mask is None or not isinstance(objective, PolicyObjective):
         return
     for name in ("kl_coef", "entropy_coef"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from revisual_fast.config import OptimizerConfig
+from revisual_fast.ranges import ranged
 
 __all__ = ["Optimizer", "lr_factor"]
 
@@ -64,6 +65,7 @@ class Optimizer:
             fused=True,
         )
 
+    @ranged("optimizer")
     def step(self, factor: float) -> float:
         """Clip, update with ``factor`` times the learning rates, and clear the gradients; returns the gradient norm.
 

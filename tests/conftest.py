@@ -13,19 +13,23 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined, so before any is imported
 
 
-GATES_TABLE = Path(__file__).parents[1] / ".pytest_cache/compile_gates.txt"
-"""What the compile gates found, for the end of the tests' output."""
+CACHE = Path(__file__).parents[1] / ".pytest_cache"
+GATES_TABLE, CUDA_TABLE = CACHE / "compile_gates.txt", CACHE / "cuda_gates.txt"
+TABLES = {"Triton kernels, compiled without a GPU": GATES_TABLE, "CUDA kernels, as built": CUDA_TABLE}
+"""What the gates found, for the end of the tests' output."""
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput"):
-        GATES_TABLE.unlink(missing_ok=True)
+        for path in TABLES.values():
+            path.unlink(missing_ok=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if GATES_TABLE.exists():
-        terminalreporter.section("Triton kernels, compiled without a GPU")
-        terminalreporter.write(GATES_TABLE.read_text())
+    for title, path in TABLES.items():
+        if path.exists():
+            terminalreporter.section(title)
+            terminalreporter.write(path.read_text())
 
 
 @contextmanager

@@ -20,19 +20,23 @@ Inputs = dict[str, Any]
 CU = [0, 5, 5, 6, 9, 14]  # the second sequence has no rows
 
 
-def make(n: int = 14, d: int = 6, v: int = 19, dtype: torch.dtype = torch.float64, seed: int = 0) -> Inputs:
+def make(
+    n: int = 14, d: int = 6, v: int = 19, dtype: torch.dtype = torch.float64, seed: int = 0, device: str = "cpu"
+) -> Inputs:
     g = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(rows, d, generator=g, dtype=torch.float64) for rows in (n, v))
     return {
-        "hidden": torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_(),
-        "weight": torch.randn(v, d, generator=g, dtype=torch.float64).mul(2 / d**0.5).to(dtype).requires_grad_(),
-        "targets": torch.randint(v, (n,), generator=g),
+        "hidden": hidden.to(device, dtype).requires_grad_(),
+        "weight": weight.mul(2 / d**0.5).to(device, dtype).requires_grad_(),
+        "targets": torch.randint(v, (n,), generator=g).to(device),
     }
 
 
 def make_tokens(x: Inputs, seed: int = 1, **fields: Any) -> TokenBatch:
     g = torch.Generator().manual_seed(seed)
     n = len(x["targets"])
-    logp = naive_logprob(**{k: t.detach().double() for k, t in x.items() if k != "targets"}, targets=x["targets"])[0]
+    cpu = {name: tensor.detach().cpu() for name, tensor in x.items()}
+    logp, _ = naive_logprob(**{k: t.double() for k, t in cpu.items() if k != "targets"}, targets=cpu["targets"])
     old, ref, rollout = (logp + s * torch.randn(n, generator=g, dtype=torch.float64) for s in (0.4, 0.6, 0.5))
     tokens = TokenBatch(torch.randn(n, generator=g, dtype=torch.float64), old, ref, rollout)
     return replace(tokens, **{"cu_seqlens": torch.tensor(CU, dtype=torch.int32) if n == CU[-1] else None, **fields})

@@ -4,7 +4,8 @@ The loss is ``sum_t weight_t * (w_t * l_t + kl_coef * KL_t - entropy_coef * H_t)
 rollout correction ``w``, the aggregation ``weight``. ``N`` rows have a target; sequence ``s`` of ``S`` owns the rows
 ``cu_seqlens[s] : cu_seqlens[s + 1]``. The ratio of a row to the policy that sampled it is ``r = exp(logp - old)`` at
 token level and ``exp(mean over the sequence of (logp - old))`` at sequence level, with the gradient through the mean
-(GSPO, arXiv 2507.18071). A new surrogate is one function and one entry of ``SURROGATES`` in ``surrogates.py``.
+(GSPO, arXiv 2507.18071). Rows where ``mask`` is False are as good as not there. A new surrogate is one function and one
+entry of ``SURROGATES`` in ``surrogates.py``.
 
 A caller's own surrogate takes :class:`Rows`; KL, correction, mask and aggregation are added to it as usual::
 
@@ -14,6 +15,9 @@ A caller's own objective takes everything and is the whole loss::
 
     def objective(logp, entropy, tokens):  # [N], [N], TokenBatch -> scalar
         return -(tokens.advantages * logp).mean() - 0.01 * entropy.mean()
+
+Of rows that do not count it gets zeros, and whatever gradient it gives them is dropped; a mean has to heed
+``tokens.mask`` by itself.
 """
 
 from revisual_fast.losses.objective import PRESETS, Objective, PolicyObjective, loss_gradients
@@ -22,7 +26,10 @@ from revisual_fast.losses.tokens import (
     AGGREGATIONS,
     TokenBatch,
     aggregation_weights,
+    check_mask,
+    counted,
     segment_ids,
+    segment_mean,
     segment_sum,
     sequence_mean,
     sequence_sum,
@@ -39,8 +46,11 @@ __all__ = [
     "Surrogate",
     "TokenBatch",
     "aggregation_weights",
+    "check_mask",
+    "counted",
     "loss_gradients",
     "segment_ids",
+    "segment_mean",
     "segment_sum",
     "sequence_mean",
     "sequence_sum",

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from revisual_fast.losses.checks import at_least, one_of
 from revisual_fast.losses.surrogates import KL_FORMS, SURROGATES, Rows, Surrogate
-from revisual_fast.losses.tokens import AGGREGATIONS, TokenBatch, aggregation_weights, sequence_mean, sequence_sum
+from revisual_fast.losses.tokens import (
+    AGGREGATIONS,
+    TokenBatch,
+    aggregation_weights,
+    counted,
+    sequence_mean,
+    sequence_sum,
+)
 
 LEVELS = ("token", "sequence")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -142,7 +149,8 @@ class PolicyObjective:
         tokens = tokens.expanded(n_rows, dtype, device)
         if tokens.weight is None:
             shape: tuple[Any, ...] = (n_rows, tokens.cu_seqlens, self.constant_length)
-            tokens = replace(tokens, weight=aggregation_weights(self.aggregation, *shape, dtype=dtype, device=device))
+            weight = aggregation_weights(self.aggregation, *shape, mask=tokens.mask, dtype=dtype, device=device)
+            tokens = replace(tokens, weight=weight)
         if self._derives_importance(tokens) and tokens.old_logp is not None:
             tokens = replace(tokens, importance=self.rollout_weight(tokens.old_logp, tokens))
         return tokens, "sequence" if self._why_sequences(tokens) else "row"
@@ -194,7 +202,7 @@ class PolicyObjective:
     def _ratio(self, log_ratio: Tensor, tokens: TokenBatch) -> Tensor:
         if self.level == "sequence":
             assert tokens.cu_seqlens is not None, "prepare() checks this"
-            log_ratio = sequence_mean(log_ratio, tokens.cu_seqlens)
+            log_ratio = sequence_mean(log_ratio, tokens.cu_seqlens, tokens.mask)
         return log_ratio.exp()
 
     def rollout_weight(self, old_logp: Tensor, tokens: TokenBatch) -> Tensor:
@@ -203,7 +211,7 @@ class PolicyObjective:
         log_weight = old_logp.detach() - tokens.rollout_logp
         if self.rollout_level == "sequence":
             assert tokens.cu_seqlens is not None, "prepare() checks this"
-            log_weight = sequence_sum(log_weight, tokens.cu_seqlens)
+            log_weight = sequence_sum(log_weight, tokens.cu_seqlens, tokens.mask)
         weight = log_weight.exp()
         if self.rollout_correction == "truncate":
             return weight.clamp(max=self.rollout_cap)
@@ -230,16 +238,20 @@ class PolicyObjective:
             return None
         assert tokens.cu_seqlens is not None, "prepare() checks this"
         assert tokens.advantages is not None, "without advantages nothing is masked"
-        drift = sequence_mean(sampled - logp.detach(), tokens.cu_seqlens)
+        drift = sequence_mean(sampled - logp.detach(), tokens.cu_seqlens, tokens.mask)
         return (tokens.advantages < 0) & (drift > self.off_policy_mask)
 
     def rows(self, logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
-        """``[N]`` loss of every row before aggregation; ``tokens`` must have been prepared."""
+        """``[N]`` loss of every row before aggregation; ``tokens`` must have been prepared.
+
+        Of rows that do not count log-prob and entropy must be 0, and so is the loss.
+        """
         log_ratio, importance = self.log_ratio(logp, tokens), self.importance(logp, tokens)
         ratio = self._ratio(log_ratio, tokens)
         advantage = torch.ones_like(logp) if tokens.advantages is None else tokens.advantages
         boundaries = tokens.cu_seqlens if self._whole else None
-        loss = self._surrogate(Rows(logp, entropy, log_ratio, ratio, advantage, importance, self, boundaries))
+        seen = Rows(logp, entropy, log_ratio, ratio, advantage, importance, self, boundaries, tokens.mask)
+        loss = self._surrogate(seen)
         if loss.shape != logp.shape:
             raise ValueError(f"the surrogate must return one loss a row, {list(logp.shape)}; got {list(loss.shape)}")
         if importance is not None and self.surrogate != "vespo":
@@ -251,7 +263,8 @@ class PolicyObjective:
             assert tokens.ref_logp is not None, "prepare() checks this"
             kl = KL_FORMS[self.kl](tokens.ref_logp - logp)
             loss = loss + self.kl_coef * (ratio * kl if self.kl_bias_correction else kl)
-        return loss if self.entropy_coef == 0 else loss - self.entropy_coef * entropy
+        loss = loss if self.entropy_coef == 0 else loss - self.entropy_coef * entropy
+        return counted(loss, tokens.mask)
 
     def __call__(self, logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
         """Scalar loss of the rows: ``sum(weight * rows)``; ``tokens`` must have been prepared."""
@@ -268,7 +281,8 @@ def loss_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss (scalar), ``c = dL/dlogp [N]`` and ``e = dL/dH [N]``, or None where the loss does not contain the entropy.
 
-    Every objective reduces to these two numbers a row, whatever the backend. Raises ValueError if a user's objective
+    Every objective reduces to these two numbers a row, whatever the backend. A row that does not count has a log-prob
+    and an entropy of 0 for the objective, and ``c = e = 0``. Raises ValueError if a user's objective
     does not return a scalar.
     """
     # Hooks of whoever calls, activation checkpointing above all, have no business with this small graph.
@@ -280,7 +294,7 @@ def _loss_gradients(
     objective: Objective, logp: Tensor, entropy: Tensor, tokens: TokenBatch
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     logp, entropy = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
-    loss = objective(logp, entropy, tokens)
+    loss = objective(counted(logp, tokens.mask), counted(entropy, tokens.mask), tokens)
     if loss.ndim != 0:
         raise ValueError(f"an objective must return a scalar loss; got {list(loss.shape)}: sum it with tokens.weight")
     if not loss.requires_grad:

@@ -27,17 +27,18 @@ class Rows:
     importance: Tensor | None  # [N] the rollout correction's weight; the result is multiplied by it afterwards
     objective: PolicyObjective
     cu_seqlens: Tensor | None = None  # [S+1]; None where the rows need not be whole sequences
+    mask: Tensor | None = None  # [N] bool: rows that do not count have a loss of 0, whatever is returned; None = all do
 
     def sequence_sum(self, values: Tensor) -> Tensor:
-        """``[N]`` -> ``[N]``: every row gets the sum over its sequence. Differentiable.
+        """``[N]`` -> ``[N]``: every row gets the sum over its sequence, of the rows that count. Differentiable.
 
         Raises ValueError in a surrogate that is not marked with :func:`whole_sequences`.
         """
-        return tokens.sequence_sum(values, self._boundaries())
+        return tokens.sequence_sum(values, self._boundaries(), self.mask)
 
     def sequence_mean(self, values: Tensor) -> Tensor:
         """``[N]`` -> ``[N]``: every row gets the mean over its sequence; otherwise as :meth:`sequence_sum`."""
-        return tokens.sequence_mean(values, self._boundaries())
+        return tokens.sequence_mean(values, self._boundaries(), self.mask)
 
     def _boundaries(self) -> Tensor:
         if self.cu_seqlens is None:

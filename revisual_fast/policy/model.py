@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revisual_fast.kernels.embed import pack_embeddings
 from revisual_fast.kernels.gather import gather_rows
 from revisual_fast.packing import Group, Layout, PackedBatch, pack_groups
 from revisual_fast.policy.attention import NAME, AttentionPlan, SdpaPlan
 from revisual_fast.policy.families import Qwen2_5VL, family_for
+from revisual_fast.ranges import ranged, span
 
 __all__ = ["Policy"]
 
@@ -63,6 +65,7 @@ class Policy:
         """Inside, a LoRA policy computes what its base model would; any other policy is unchanged."""
         return self.model.disable_adapter() if self.base is not self.model else nullcontext()
 
+    @ranged("pack")
     def pack(self, groups: list[Group], layout: Layout = "shared") -> PackedBatch:
         """Lay groups into one packed row on the policy's device."""
         family = self.family
@@ -75,14 +78,19 @@ class Policy:
         )
         return batch.to(self.device)
 
+    @ranged("embeddings")
     def embed(self, batch: PackedBatch) -> Tensor:
         """Input embeddings [1, T, D], image features in their places."""
-        embeddings = self.family.embedding(batch.ids)
-        if batch.pixel_values is not None:
-            features = self.encode_images(batch)
-            embeddings = embeddings.index_copy(0, batch.image_rows, features[batch.image_index].to(embeddings.dtype))
-        return embeddings[None]
+        embedding, ids = self.family.embedding, batch.ids
+        if type(embedding) is nn.Embedding and not (embedding._forward_hooks or embedding._forward_pre_hooks):
+            table = embedding.weight
+        else:  # an adapter, or somebody who wants to see the embedding's output: its rows become the table
+            table, ids = embedding(ids), torch.arange(len(ids), device=ids.device)
+        features = None if batch.pixel_values is None else self.encode_images(batch)
+        taken = torch.full_like(ids, -1).index_copy(0, batch.image_rows, batch.image_index)
+        return pack_embeddings(ids, table, features, taken)[None]
 
+    @ranged("vision tower")
     def encode_images(self, batch: PackedBatch) -> Tensor:
         """Features of the distinct images, without a graph if the tower is frozen."""
         assert batch.pixel_values is not None
@@ -93,8 +101,11 @@ class Policy:
     def states(self, batch: PackedBatch, plan: AttentionPlan | None = None) -> Tensor:
         """Final hidden states of every packed row, [T, D]."""
         plan = plan or SdpaPlan(batch.segments, self.device)
-        return self.family.run_text(self.embed(batch), batch.positions, plan)
+        embeddings = self.embed(batch)
+        with span("text tower"):
+            return self.family.run_text(embeddings, batch.positions, plan)
 
+    @ranged("forward")
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Final hidden states of the rows that predict a target, [N, D], in the order of ``batch.targets``."""
         return gather_rows(self.states(batch), batch.rows)

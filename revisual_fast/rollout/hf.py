@@ -17,6 +17,7 @@ from torch import Tensor
 from revisual_fast.packing import Group, PackedPrompt, split_groups
 from revisual_fast.policy.attention import PrefillPlan
 from revisual_fast.policy.model import Policy
+from revisual_fast.ranges import ranged, span
 from revisual_fast.rollout.engine import Rollout, Sampling
 
 __all__ = ["HFEngine"]
@@ -108,12 +109,14 @@ class _Batch:
             if remaining < COMPACT * len(alive):
                 plan.keep(going)
                 alive, token, going = alive[going], token[going], going[going]
-            embeddings = self.policy.family.embedding(token)[None]
-            hidden = self.policy.family.run_text(embeddings, plan.positions(), plan)
-            plan.advance()
-            logits = self.policy.logits(hidden)
+            with span("decode"):
+                embeddings = self.policy.family.embedding(token)[None]
+                hidden = self.policy.family.run_text(embeddings, plan.positions(), plan)
+                plan.advance()
+                logits = self.policy.logits(hidden)
         return self._collect(steps)
 
+    @ranged("prefill")
     def _prefill(self) -> tuple[Tensor, DecodePlan]:
         """Logits [prompts * n, V] of the first tokens, and the plan that continues from the prompts."""
         policy = self.policy
@@ -133,6 +136,7 @@ class _Batch:
         plan = DecodePlan(kept, lengths, torch.stack(top) + 1, self.n, self.sampling.max_tokens)
         return torch.cat(logits).repeat_interleave(self.n, 0), plan
 
+    @ranged("collect")
     def _collect(self, steps: list[tuple[Tensor, Tensor, Tensor]]) -> list[list[Rollout]]:
         done = [False] * len(self.tokens)
         for alive, token, logp in steps:
@@ -228,6 +232,7 @@ class DecodePlan:
         self._mask()
 
 
+@ranged("sample")
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """logits [S, V] fp32 -> token [S] int64 and its log-prob [S] after temperature, before top-p and top-k."""
     if sampling.temperature == 0:

@@ -25,6 +25,7 @@ from revisual_fast.losses import PolicyObjective, TokenBatch, aggregation_weight
 from revisual_fast.ops import linear_logprob, linear_policy_loss
 from revisual_fast.packing import Group, PackedBatch, split_groups
 from revisual_fast.policy.model import Policy
+from revisual_fast.ranges import ranged, span
 from revisual_fast.rewards import Completion, Rewards, RewardTable
 from revisual_fast.rollout.engine import Engine, Rollout, Sampling
 from revisual_fast.stages.stage import Stage, StageContext, Stopwatch
@@ -102,6 +103,7 @@ class GRPOStage(Stage):
             ]
         )
 
+    @ranged("select")
     def _select(
         self, examples: list[Example], rollouts: list[list[Rollout]], table: RewardTable
     ) -> tuple[list[Sequence], dict[str, Any]]:
@@ -160,11 +162,13 @@ class GRPOStage(Stage):
         size = max(1, math.ceil(len(sequences) / self.n_updates))
         shares = [sequences[i : i + size] for i in range(0, len(sequences), size)]
         batches = [batch for i, share in enumerate(shares) if (batch := self._active(share, self.updates + i))]
-        for later in batches[1:]:
-            self._fill_logp(later, self.policy, "old_logp")
+        with span("old log-probs"):
+            for later in batches[1:]:
+                self._fill_logp(later, self.policy, "old_logp")
         if self.reference is not None:
-            for batch in batches:
-                self._fill_logp(batch, self.reference, "ref_logp")
+            with span("reference log-probs"):
+                for batch in batches:
+                    self._fill_logp(batch, self.reference, "ref_logp")
         results = [self._update(batch) for batch in batches]
         missing = self.n_updates - len(results)
         if missing:
@@ -204,7 +208,8 @@ class GRPOStage(Stage):
                 bias=self.policy.head_bias,
                 temperature=self.grpo.sampling.temperature,
             )
-            out.loss.backward()
+            with span("backward"):
+                out.loss.backward()
             loss += out.loss.detach()
             meters.add(out.metrics, len(batch.targets))
         value = float(loss)

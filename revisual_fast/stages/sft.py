@@ -12,6 +12,7 @@ from revisual_fast.data.processor import Example
 from revisual_fast.losses import PolicyObjective, TokenBatch
 from revisual_fast.ops import linear_policy_loss
 from revisual_fast.packing import Group, split_groups
+from revisual_fast.ranges import span
 from revisual_fast.stages.stage import Stage, StageContext, Stopwatch
 
 __all__ = ["SFTStage"]
@@ -51,7 +52,8 @@ class SFTStage(Stage):
                 self.objective,
                 bias=self.policy.head_bias,
             )
-            out.loss.backward()
+            with span("backward"):
+                out.loss.backward()
             loss += out.loss.detach()
         value = float(loss)
         return {"loss": value, **self.apply_gradients(value)}

@@ -17,6 +17,7 @@ from revisual_fast.data.records import PROMPT_TOO_LONG, RESPONSE_TOO_LONG, BadRe
 from revisual_fast.data.sampler import Sampler
 from revisual_fast.optim import Optimizer, lr_factor
 from revisual_fast.policy.model import Policy
+from revisual_fast.ranges import span
 from revisual_fast.seeds import seed_for
 from revisual_fast.telemetry import Progress
 
@@ -42,7 +43,7 @@ class StageContext:
 
 @dataclass
 class Stopwatch:
-    """Seconds per phase of one step."""
+    """Seconds per phase of one step; each phase is also a range for profilers."""
 
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
@@ -51,9 +52,10 @@ class Stopwatch:
     def __call__(self, phase: str) -> Iterator[None]:
         self.progress.phase(phase)
         start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        with span(phase):
+            yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
@@ -94,7 +96,8 @@ class Stage:
         torch.manual_seed(self.seed("torch"))
         start = time.perf_counter()
         clock = Stopwatch(self.context.progress)
-        metrics = self.step(clock)
+        with span("step", payload=self.steps + 1):
+            metrics = self.step(clock)
         self.steps += 1
         metrics |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
         metrics["time/step"] = time.perf_counter() - start

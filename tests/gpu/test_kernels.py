@@ -12,7 +12,8 @@ from torch import Tensor
 from revisual_fast import PolicyObjective, TokenBatch, gather_rows, linear_logprob, linear_policy_loss
 from revisual_fast import policy_loss_from_logits as from_logits
 from revisual_fast.kernels import plan
-from revisual_fast.ops import resolve_backend
+from revisual_fast.ops import available_backends, resolve_backend
+from tests.devices import KERNELS
 from tests.numerics import relative_error
 
 pytestmark = [
@@ -55,11 +56,12 @@ def results(out: object, *leaves: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("objective", [GRPO, GSPO], ids=["token", "sequence"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("v", VOCABULARIES)
-def test_error_is_bounded_by_plain_torch(v: int, dtype: torch.dtype, objective: PolicyObjective) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_error_is_bounded_by_plain_torch(backend: str, v: int, dtype: torch.dtype, objective: PolicyObjective) -> None:
     hidden, weight, targets, tokens = inputs(72, 256, v, dtype)
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     exact = results(linear_policy_loss(*wide, targets, tokens, objective), *wide)
-    ours = results(linear_policy_loss(hidden, weight, targets, tokens, objective, backend="triton"), hidden, weight)
+    ours = results(linear_policy_loss(hidden, weight, targets, tokens, objective, backend=backend), hidden, weight)
     logits = hidden @ weight.T
     log_p = logits.float().log_softmax(-1)
     logp, entropy = log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
@@ -73,36 +75,37 @@ def test_error_is_bounded_by_plain_torch(v: int, dtype: torch.dtype, objective: 
 @pytest.mark.parametrize("objective", [GRPO, GSPO], ids=["token", "sequence"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("v", VOCABULARIES)
-def test_gradient_of_logits(v: int, dtype: torch.dtype, objective: PolicyObjective) -> None:
+@pytest.mark.parametrize("backend", ["torch", *KERNELS])
+def test_gradient_of_logits(backend: str, v: int, dtype: torch.dtype, objective: PolicyObjective) -> None:
     hidden, weight, targets, tokens = inputs(72, 64, v, dtype)
     logits = (hidden @ weight.T).detach()
     leaf, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
     exact = results(from_logits(wide, targets, tokens, objective), wide)
-    for backend in ("triton", "torch"):
-        ours = results(from_logits(leaf, targets, tokens, objective, backend=backend), leaf)
-        step = 1e-5 if dtype == torch.float32 else 2**-8
-        for a, x in zip(ours, exact, strict=True):
-            assert relative_error(a, x) < (step if a.numel() == leaf.numel() else 1e-5), backend
+    ours = results(from_logits(leaf, targets, tokens, objective, backend=backend), leaf)
+    step = 1e-5 if dtype == torch.float32 else 2**-8
+    for a, x in zip(ours, exact, strict=True):
+        assert relative_error(a, x) < (step if a.numel() == leaf.numel() else 1e-5)
 
 
-def test_identical_policies_have_a_ratio_of_one() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_identical_policies_have_a_ratio_of_one(backend: str) -> None:
     hidden, weight, targets, tokens = inputs(512, 1024, 152_064, torch.bfloat16)
-    old, _ = linear_logprob(hidden.detach(), weight.detach(), targets)
-    out = linear_policy_loss(
-        hidden, weight, targets, TokenBatch(tokens.advantages, old, cu_seqlens=tokens.cu_seqlens), GSPO
-    )
+    old, _ = linear_logprob(hidden.detach(), weight.detach(), targets, backend=backend)
+    tokens = TokenBatch(tokens.advantages, old, cu_seqlens=tokens.cu_seqlens)
+    out = linear_policy_loss(hidden, weight, targets, tokens, GSPO, backend=backend)
     assert ((out.logp - old).exp() - 1).abs().max() < 1e-5
     assert abs(out.metrics["ratio/max"] - 1) < 1e-5
 
 
-def test_more_logits_than_two_to_the_31() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_more_logits_than_two_to_the_31(backend: str) -> None:
     n, v = 14_500, 151_936
     logits = torch.randn(n, v, device="cuda", dtype=torch.bfloat16)
     targets = torch.randint(v, (n,), device="cuda")
     tokens = TokenBatch(torch.ones(n, device="cuda"))
     last = logits[-4:].float()
     leaf = logits.requires_grad_()
-    out = from_logits(leaf, targets, tokens, PolicyObjective(), inplace=False, backend="triton")
+    out = from_logits(leaf, targets, tokens, PolicyObjective(), inplace=False, backend=backend)
     assert torch.allclose(out.logp[-4:], last.log_softmax(-1).gather(1, targets[-4:, None])[:, 0], atol=1e-4)
     (gradient,) = torch.autograd.grad(out.loss, leaf)
     wide = last.requires_grad_()
@@ -112,8 +115,9 @@ def test_more_logits_than_two_to_the_31() -> None:
 
 @pytest.mark.parametrize("host_boundaries", [False, True])
 @pytest.mark.parametrize("objective", [GRPO, GSPO], ids=["token", "sequence"])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_nothing_waits_for_the_device(
-    objective: PolicyObjective, host_boundaries: bool, monkeypatch: pytest.MonkeyPatch
+    backend: str, objective: PolicyObjective, host_boundaries: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(plan.CHUNK_BYTES, "cuda", 16 * 1001 * 6)
     hidden, weight, targets, tokens = inputs(128, 64, 1001, torch.bfloat16)
@@ -122,11 +126,12 @@ def test_nothing_waits_for_the_device(
     for skip in (True, False):
         for _ in range(2):  # the first call compiles
             with no_synchronisation():
-                out = linear_policy_loss(hidden, weight, targets, tokens, objective, skip_inactive=skip)
-                out.loss.backward()
-                logp, entropy = linear_logprob(hidden, weight, targets)
+                of = (hidden, weight, targets, tokens, objective)
+                linear_policy_loss(*of, skip_inactive=skip, backend=backend).loss.backward()
+                logp, entropy = linear_logprob(hidden, weight, targets, backend=backend)
                 (logp.sum() + entropy.sum()).backward()
-                from_logits((hidden @ weight.T) * 1, targets, tokens, objective, inplace=True).loss.backward()
+                logits = (hidden @ weight.T) * 1
+                from_logits(logits, targets, tokens, objective, inplace=True, backend=backend).loss.backward()
 
 
 def test_inactive_rows_leave_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,11 +149,12 @@ def test_inactive_rows_leave_and_change_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("objective", [GRPO, GSPO], ids=["token", "sequence"])
-def test_torch_compile(objective: PolicyObjective) -> None:
+@pytest.mark.parametrize("backend", ["auto", *KERNELS])
+def test_torch_compile(backend: str, objective: PolicyObjective) -> None:
     hidden, weight, targets, tokens = inputs(96, 128, 1001, torch.bfloat16)
 
     def step(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_policy_loss(hidden * 1.5, weight, targets, tokens, objective).loss
+        return linear_policy_loss(hidden * 1.5, weight, targets, tokens, objective, backend=backend).loss
 
     eager = step(hidden, weight)
     compiled = torch.compile(step, fullgraph=True)(hidden, weight)
@@ -166,7 +172,7 @@ def test_no_recompilation_for_another_length() -> None:
     counts = []
     for n in (100, 101, 128, 333):
         hidden, weight, targets, tokens = inputs(n, 64, 1001, torch.bfloat16)
-        linear_policy_loss(hidden, weight, targets, tokens, GRPO).loss.backward()
+        linear_policy_loss(hidden, weight, targets, tokens, GRPO, backend="triton").loss.backward()
         counts.append(compiled())
     assert counts[0] == counts[-1]
 
@@ -179,7 +185,13 @@ def test_memory_stays_within_the_chunks() -> None:
     linear_policy_loss(hidden, weight, targets, tokens, GRPO).loss.backward()
     peak = torch.cuda.max_memory_allocated() - before
     assert peak < 2 * plan.CHUNK_BYTES["cuda"] + 16 * v * d + (256 << 20)
-    assert resolve_backend("linear_policy_loss", rows=hidden) == "triton"
+
+
+def test_auto_takes_the_cuda_kernels_where_they_are_built() -> None:
+    states = available_backends("linear_policy_loss")
+    best = next(name for name, state in states.items() if state == "yes")
+    assert resolve_backend("linear_policy_loss", rows=torch.zeros(1, device="cuda")) == best
+    assert best in ("cuda", "triton")
 
 
 def test_gather_rows_adds_repeats_up_in_fp32_and_deterministically() -> None:

@@ -1,4 +1,4 @@
-"""The Triton row kernel and the fused ops on it: against float64, with errors bounded by plain torch's."""
+"""The row kernels of every backend and the fused ops on them: against float64, with errors bounded by plain torch's."""
 
 from __future__ import annotations
 
@@ -16,22 +16,19 @@ from revisual_fast.kernels import plan
 from revisual_fast.kernels.reference import TorchChunk, Transform
 from revisual_fast.kernels.rows import KernelChunk, RawRows, row_kernels
 from revisual_fast.losses import loss_gradients
-from tests.devices import DEVICE, ON_DEVICE
+from tests.devices import ALL_BACKENDS, DEVICE, KERNELS, ON_DEVICE
 from tests.numerics import make, make_tokens, relative_error
-
-pytest.importorskip("triton")
-from revisual_fast.kernels.objective import CORRECTIONS, KL_FORMS, SURROGATES
 
 pytestmark = ON_DEVICE
 
 
 def kernel_chunk(
+    backend: str,
     z: Tensor,
     targets: Tensor,
     transform: Transform | None = None,
     bias: Tensor | None = None,
     out: Tensor | None = None,
-    backend: str = "triton",
 ) -> KernelChunk:
     return KernelChunk(row_kernels(backend), RawRows(z, targets, transform or Transform(), bias), out)
 
@@ -71,17 +68,18 @@ def plain(z: Tensor, targets: Tensor, c: Tensor, e: Tensor) -> tuple[Tensor, Ten
     return logp.detach(), entropy.detach(), dz.to(z.dtype)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("v", [1, 3, 127, 1000, 4097, 151_936])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "last column", "peaked", "all negative", "minus infinity"])
-def test_error_is_bounded_by_plain_torch(kind: str, dtype: torch.dtype, v: int) -> None:
+def test_error_is_bounded_by_plain_torch(backend: str, kind: str, dtype: torch.dtype, v: int) -> None:
     n = 3 if v > 10_000 else 8
     z, targets = random_logits(kind, n, v, dtype)
     c, e = torch.linspace(-1, 2, n, device=DEVICE), torch.linspace(0.5, -0.5, n, device=DEVICE)
     wanted = exact(z, targets, c.double(), e.double())
     allowed = plain(z, targets, c, e)
-    chunk = kernel_chunk(z.clone(), targets)
+    chunk = kernel_chunk(backend, z.clone(), targets)
     got = (chunk.logp, chunk.entropy, chunk.gradient(c, e))
     # The interpreter's casts to 16 bits truncate, a device's round: one unit in the last place instead of a half.
     steps = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -93,11 +91,14 @@ def test_error_is_bounded_by_plain_torch(kind: str, dtype: torch.dtype, v: int) 
         assert error <= bound + floor + unit * x.abs().max(), (name, float(error), float(bound))
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("temperature", [False, True])
-def test_transform_and_bias_as_in_the_reference(temperature: bool, softcap: float | None, bias: bool) -> None:
+def test_transform_and_bias_as_in_the_reference(
+    backend: str, temperature: bool, softcap: float | None, bias: bool
+) -> None:
     n, v = 6, 1003
     z, targets = random_logits("plain", n, v, torch.float32)
     t = torch.linspace(0.5, 1.6, n, device=DEVICE) if temperature else None
@@ -113,28 +114,30 @@ def test_transform_and_bias_as_in_the_reference(temperature: bool, softcap: floa
                 None if b is None else b.double(),
             )
             wanted = wide.gradient(c.double(), None if coefficient is None else coefficient.double(), rows)
-            chunk = kernel_chunk(z.clone(), targets, Transform(t, softcap), b)
+            chunk = kernel_chunk(backend, z.clone(), targets, Transform(t, softcap), b)
             assert relative_error(chunk.logp, wide.logp) < 1e-6
             assert relative_error(chunk.entropy, wide.entropy) < 1e-6
             assert relative_error(chunk.gradient(c, coefficient, rows), wanted) < 2e-6
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.usefixtures("poisoned")
-def test_gradient_in_place_and_in_rows_of_any_stride() -> None:
+def test_gradient_in_place_and_in_rows_of_any_stride(backend: str) -> None:
     z, targets = random_logits("plain", 4, 300, torch.bfloat16)
     c = torch.ones(4, device=DEVICE)
-    beside = kernel_chunk(z, targets).gradient(c, None)
+    beside = kernel_chunk(backend, z, targets).gradient(c, None)
     wide = torch.full((4, 777), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     strided = wide[:, :300]
     strided.copy_(z)
-    chunk = kernel_chunk(strided, targets, out=strided)
+    chunk = kernel_chunk(backend, strided, targets, out=strided)
     assert chunk.gradient(c, None).data_ptr() == wide.data_ptr()
     assert torch.equal(strided, beside)
     assert wide[:, 300:].isnan().all()
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter's host memory")
-def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
+def test_offsets_beyond_two_to_the_31(backend: str, tmp_path: Path) -> None:
     """Rows so far apart that row times stride does not fit in 32 bits; the file they lie in has holes."""
     stride, v = 2**31 + 11, 40
     memory = torch.from_file(str(tmp_path / "z"), shared=True, size=2 * stride + v, dtype=torch.bfloat16)
@@ -142,8 +145,8 @@ def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
     z, targets = random_logits("plain", 3, v, torch.bfloat16)
     far.copy_(z.cpu())
     c, e = torch.ones(3), torch.full((3,), 0.5)
-    near = kernel_chunk(z.cpu().clone(), targets.cpu())
-    chunk = kernel_chunk(far, targets.cpu(), out=far)
+    near = kernel_chunk(backend, z.cpu().clone(), targets.cpu())
+    chunk = kernel_chunk(backend, far, targets.cpu(), out=far)
     assert torch.equal(chunk.logp, near.logp)
     chunk.gradient(c, e)
     assert torch.equal(far, near.gradient(c, e))
@@ -164,9 +167,10 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())) or "clip")
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off", "on"])
-def test_every_combination_of_the_inlined_objective(settings: dict[str, Any], on_policy: bool) -> None:
+def test_every_combination_of_the_inlined_objective(backend: str, settings: dict[str, Any], on_policy: bool) -> None:
     """Loss and gradient of rows in the kernel against the same objective in float64, through ``losses``."""
     n, v = 10, 5
     logits = torch.randn(n, v, generator=torch.Generator().manual_seed(3))
@@ -188,21 +192,13 @@ def test_every_combination_of_the_inlined_objective(settings: dict[str, Any], on
         )
         batch = replace(tokens, importance=given) if correction == "given" else tokens
         leaf = logits.clone().requires_grad_()
-        out = policy_loss_from_logits(leaf, targets, batch, o, backend="triton")
+        out = policy_loss_from_logits(leaf, targets, batch, o, backend=backend)
         out.loss.backward()
         wide = logits.double().requires_grad_()
         wanted = policy_loss_from_logits(wide, targets, batch, o, backend="torch")
         wanted.loss.backward()
         assert torch.allclose(out.loss.double(), wanted.loss, rtol=1e-5, atol=1e-6), (kl, bias, correction, entropy)
         assert relative_error(leaf.grad, wide.grad) < 1e-5, (kl, bias, correction, entropy)
-
-
-def test_what_the_kernel_inlines_is_what_the_library_sends_it() -> None:
-    from revisual_fast.library import INLINED
-
-    assert set(INLINED) == set(SURROGATES)
-    assert set(KL_FORMS) == {None, "k1", "k2", "k3"}
-    assert set(CORRECTIONS) == {None, "given", "truncate", "mask"}
 
 
 # The ops on this backend
@@ -216,31 +212,37 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("chunk", [None, 5], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("preset", "fields"), CASES, ids=lambda c: c if isinstance(c, str) else "")
 def test_ops_against_the_torch_backend(
-    preset: str, fields: dict[str, Any], dtype: torch.dtype, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    preset: str,
+    fields: dict[str, Any],
+    dtype: torch.dtype,
+    chunk: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if chunk is not None:
         monkeypatch.setitem(plan.CHUNK_BYTES, DEVICE, chunk * 19 * (4 if dtype == torch.float32 else 6))
-    x = make(dtype=dtype)
+    x = make(dtype=dtype, device=DEVICE)
     tokens, o = (
         make_tokens(x, advantages=torch.tensor([1.0, 1.0, -2.0, 0.0, 0.5])),
         PolicyObjective.preset(preset, **fields),
     )
     wide = {k: t if k == "targets" else t.detach().double().requires_grad_() for k, t in x.items()}
-    bias = torch.linspace(-1, 1, 19).to(dtype).requires_grad_()
+    bias = torch.linspace(-1, 1, 19).to(DEVICE, dtype).requires_grad_()
     results = []
-    for inputs, b, backend in (
+    for inputs, b, which in (
         (x, bias, "torch"),
-        (x, bias, "triton"),
+        (x, bias, backend),
         (wide, bias.detach().double().requires_grad_(), "torch"),
     ):
         temperature = torch.linspace(0.8, 1.2, 14)
         out = linear_policy_loss(
-            **inputs, tokens=tokens, objective=o, bias=b, softcap=5.0, temperature=temperature, backend=backend
+            **inputs, tokens=tokens, objective=o, bias=b, softcap=5.0, temperature=temperature, backend=which
         )
         gradients = torch.autograd.grad(2 * out.loss, [inputs["hidden"], inputs["weight"], b])
         results.append((out.loss, out.logp, out.entropy, *gradients))
@@ -249,20 +251,21 @@ def test_ops_against_the_torch_backend(
         assert relative_error(ours, wanted) <= 2 * relative_error(reference, wanted) + step
 
 
-def test_two_phase_and_one_kernel_agree() -> None:
-    x = make(dtype=torch.float32)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_two_phase_and_one_kernel_agree(backend: str) -> None:
+    x = make(dtype=torch.float32, device=DEVICE)
     tokens, o = make_tokens(x), PolicyObjective(kl_coef=0.1, entropy_coef=0.1)
-    prepared, _ = o.prepare(tokens, 14, torch.float32, torch.device("cpu"))
+    prepared, _ = o.prepare(tokens, 14, torch.float32, torch.device(DEVICE))
 
     def own(logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
         return o(logp, entropy, prepared)
 
     results = []
     for goal in (o, own):
-        out = linear_policy_loss(**x, tokens=tokens, objective=goal, backend="triton")
+        out = linear_policy_loss(**x, tokens=tokens, objective=goal, backend=backend)
         results.append((out.loss, *torch.autograd.grad(out.loss, [x["hidden"], x["weight"]])))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
-    _, c, e = loss_gradients(o, torch.zeros(14), torch.zeros(14), prepared)
+    _, c, e = loss_gradients(o, *torch.zeros(2, 14, device=DEVICE), prepared)
     assert c.shape == (14,)
     assert e is not None
 
@@ -275,13 +278,13 @@ def spread(t: Tensor) -> Tensor:
     return torch.stack([t, torch.full_like(t, 99 if t.is_floating_point() else 0)], dim=-1)[..., 0]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_strided_inputs(backend: str) -> None:
-    x = make(dtype=torch.float32)
+    x = make(dtype=torch.float32, device=DEVICE)
     tokens, o = make_tokens(x), PolicyObjective(kl_coef=0.1, rollout_correction="truncate")
     tokens = tokens.expanded(14, torch.float32, torch.device("cpu"))
     tokens = replace(tokens, weight=torch.rand(14, generator=torch.Generator().manual_seed(0)), cu_seqlens=None)
-    bias, temperature = torch.linspace(-1, 1, 19), torch.linspace(0.8, 1.2, 14)
+    bias, temperature = torch.linspace(-1, 1, 19, device=DEVICE), torch.linspace(0.8, 1.2, 14, device=DEVICE)
 
     def run(hidden: Tensor, weight: Tensor, change: Any) -> list[Tensor]:
         fields = {name: change(value) for name, value in vars(tokens).items() if value is not None}
@@ -305,16 +308,16 @@ def test_strided_inputs(backend: str) -> None:
         policy_loss_from_logits(leaf, x["targets"], everywhere, PolicyObjective(), inplace=True, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_nan_is_not_hidden(backend: str) -> None:
     tokens, o = TokenBatch(torch.tensor([1.0, -1.0, 1.0])), PolicyObjective()
     old = TokenBatch(tokens.advantages, torch.zeros(3))
-    targets = torch.tensor([0, 1, 2])
+    targets = torch.tensor([0, 1, 2], device=DEVICE)
     for column in (4, 0):  # of no target, of the first target
         for batch in (tokens, old):
             logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
             logits[0, column] = float("nan")
-            leaf = logits.requires_grad_()
+            leaf = logits.to(DEVICE).requires_grad_()
             out = policy_loss_from_logits(leaf, targets, batch, o, backend=backend)
             (gradient,) = torch.autograd.grad(out.loss, leaf)
             assert out.loss.isnan()
@@ -322,27 +325,27 @@ def test_nan_is_not_hidden(backend: str) -> None:
             assert gradient.isnan().any(dim=1).tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize(("scale", "cap", "temperature"), [(10, 5, 1.0), (10, 5, 3.0), (100, 30, 1.0), (100, 5, 3.0)])
 def test_a_saturated_softcap(scale: float, cap: float, temperature: float, backend: str) -> None:
     z, targets = random_logits("plain", 16, 501, torch.float32)
-    z, c, e = z.cpu() * scale / 3, torch.ones(16), torch.full((16,), 0.1)
+    z, c, e = z * scale / 3, torch.ones(16, device=DEVICE), torch.full((16,), 0.1, device=DEVICE)
 
     def gradient(z: Tensor) -> Tensor:
         z = z.requires_grad_()
         log_p = (cap * torch.tanh(z / cap) / temperature).log_softmax(-1)
-        logp, entropy = log_p.gather(1, targets.cpu()[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        logp, entropy = log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
         return torch.autograd.grad((logp * c.to(z) + entropy * e.to(z)).sum(), z)[0]
 
     exact, plain = gradient(z.double()), gradient(z.clone())
-    of = (z.clone(), targets.cpu(), Transform(torch.full((16,), temperature), float(cap)))
-    chunk = TorchChunk(*of) if backend == "torch" else kernel_chunk(*of, backend=backend)
+    of = (z.clone(), targets, Transform(torch.full((16,), temperature, device=DEVICE), float(cap)))
+    chunk = TorchChunk(*of) if backend == "torch" else kernel_chunk(backend, *of)
     assert relative_error(chunk.gradient(c, e), exact) <= 2 * relative_error(plain, exact)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_logits_overwritten_in_place_cannot_be_used_elsewhere(backend: str) -> None:
-    x = make(dtype=torch.float32)
+    x = make(dtype=torch.float32, device=DEVICE)
     logits = x["hidden"] @ x["weight"].T
     other = (logits * logits).sum()
     policy_loss_from_logits(logits, x["targets"], make_tokens(x), PolicyObjective(), inplace=True, backend=backend)
@@ -350,8 +353,9 @@ def test_logits_overwritten_in_place_cannot_be_used_elsewhere(backend: str) -> N
         other.backward()
 
 
-def test_targets_outside_the_vocabulary_are_loud() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_targets_outside_the_vocabulary_are_loud(backend: str) -> None:
     """On the device, where nobody may look at them."""
     z, _ = random_logits("plain", 4, 50, torch.float32)
-    chunk = kernel_chunk(z, torch.tensor([-100, 50, 3, 2**40], device=DEVICE))
+    chunk = kernel_chunk(backend, z, torch.tensor([-100, 50, 3, 2**40], device=DEVICE))
     assert chunk.logp.isnan().tolist() == [True, True, False, True]

@@ -65,6 +65,10 @@ def test_the_other_examples_do_what_the_page_says(page: dict[str, Any]) -> None:
     assert page["own"].loss.requires_grad
     every = page["replay"].logp, page["out"].logp
     assert (every[0] > every[1]).all()  # renormalised over fewer ids
+    torch.testing.assert_close((page["padded"].loss, page["padded"].metrics), (page["out"].loss, page["out"].metrics))
+    counts = page["labels"].flatten() != -100
+    torch.testing.assert_close(page["padded"].logp[counts], page["out"].logp)
+    assert not page["padded"].logp[~counts].any()
     assert page["packed"].grad[:, 0].tolist() == [0, 0, 0, 0, 2, 1, 1, 1, 1]
     assert page["chosen"].keep.sum() == 2
     assert plan.SAVED_BYTES["cuda"] == 0

@@ -9,9 +9,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from revisual_fast import doctor
 from revisual_fast.doctor import Check, device_name, doctor_lines, examine, run_doctor, versions
+from revisual_fast.kernels import cuda_library
+from revisual_fast.policy import load  # with transformers, which asks for packages that `installed` does not know
 
 PYPROJECT = Path(doctor.__file__).resolve().parents[1] / "pyproject.toml"
 DRIVER = "580.1, NVIDIA H200\n580.1, NVIDIA H200\n"
@@ -95,7 +98,7 @@ def test_optional_packages_say_what_they_are_for_and_do_not_fail(installed: dict
 def test_nvcc_says_its_release(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     text = "Cuda compilation tools, release 13.0, V13.0.88"
     monkeypatch.setattr(doctor, "_output", lambda command: text if command[0] == "nvcc" else None)
-    assert named("nvcc").detail.startswith("13.0 ")
+    assert named("nvcc").detail == "13.0 (builds the CUDA kernels)"
 
 
 def test_each_op_shows_its_backend_and_why_not_the_others(installed: dict[str, str]) -> None:
@@ -113,8 +116,35 @@ def test_the_real_ops_are_examined() -> None:
     from revisual_fast.ops import OPS
 
     backends = {check.name: check for check in examine() if check.section == "backends"}
-    assert set(backends) == {*OPS, "attention", "liger kernels"}
+    assert set(backends) == {*OPS, "attention", "liger kernels", "CUDA kernels"}
+    kernels = backends.pop("CUDA kernels")
     assert {check.status for check in backends.values()} == {"ok"}
+    assert kernels.status == ("ok" if cuda_library.load() is None else "absent")
+
+
+@pytest.mark.parametrize(
+    ("missing", "here", "device", "status", "detail"),
+    [
+        (None, None, "cuda", "ok", "built for sm_80 sm_90a; run here"),
+        (None, None, "cpu", "ok", "built for sm_80 sm_90a; there is no CUDA device here to run them"),
+        ("not built", None, "cpu", "absent", "not built"),
+        ("not built", None, "cuda", "absent", "not built"),
+        (None, "not for capability 12.0", "cuda", "absent", "not for capability 12.0"),
+    ],
+)
+def test_the_cuda_kernels(
+    missing: str | None, here: str | None, device: str, status: str, detail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def problem(text: str | None) -> str | None:
+        return text and f"{text}: {cuda_library.BUILD}"
+
+    monkeypatch.setattr(load, "pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr(cuda_library, "ARCHITECTURES", "sm_80+sm_90a")
+    monkeypatch.setattr(cuda_library, "load", lambda: problem(missing))
+    monkeypatch.setattr(cuda_library, "cuda_problem", lambda device: problem(here))
+    check = doctor._cuda_kernels()
+    assert (check.status, check.detail) == (status, detail)
+    assert check.fix == ("" if status == "ok" else cuda_library.BUILD)
 
 
 def test_a_torch_that_cannot_be_imported_is_a_problem(

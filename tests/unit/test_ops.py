@@ -376,7 +376,7 @@ def test_masked_logits_count_as_probability_zero() -> None:
         ({"softcap": -1.0}, "softcap must be > 0"),
         ({"logits_dtype": "float16"}, "logits_dtype='float16' is unknown"),
         ({"logits_dtype": "bfloat16"}, "needs bf16 hidden"),
-        ({"backend": "cuda"}, "not built"),
+        ({"backend": "cuda"}, "is (not built|made for CUDA)"),
         ({"weight": torch.zeros(19, 6, device="meta")}, "weight is on meta, the rows on cpu: move it"),
         ({"bias": torch.zeros(19, device="meta")}, "bias is on meta"),
         ({"bias": torch.zeros(19, dtype=torch.int64)}, "bias must be bfloat16"),
@@ -404,6 +404,10 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
         assert resolve_backend(op, "triton", torch.zeros(1)) == "triton"
         with pytest.raises(ValueError, match="fp32 statistics; these rows are float64"):
             resolve_backend(op, "triton", torch.zeros(1, dtype=torch.float64))
+        with pytest.raises(
+            ValueError, match=r"backend=.cuda. of .* is (not built: run|made for CUDA, the tensors are on)"
+        ):
+            resolve_backend(op, "cuda", torch.zeros(1))
     with pytest.raises(ValueError, match="op_name='softmax' is unknown"):
         available_backends("softmax")
     monkeypatch.delenv("TRITON_INTERPRET")

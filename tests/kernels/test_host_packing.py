@@ -1,0 +1,171 @@
+"""What can be run of the packing kernels without a CUDA device: the arithmetic and the index arithmetic of
+csrc/packing.cuh, compiled for the host, against torch; and all of Python's side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revisual_fast.kernels import cuda_library, embed, gather, prefix, row_sums
+from revisual_fast.kernels import mrope as mrope_module
+from revisual_fast.kernels.mrope import mrope, mrope_axis
+from revisual_fast.kernels.row_sums import RowMap
+
+HERE = Path(__file__).parent
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+SHAPES = pytest.mark.parametrize(("width", "wide"), [(64, True), (520, True), (64, False), (7, False)])
+TYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Undefined behaviour, misaligned accesses among it, ends the process."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    library = tmp_path_factory.mktemp("host") / "packing.so"
+    checks = ["-fsanitize=undefined", "-fno-sanitize-recover", "-static-libubsan"]
+    source = [HERE / "host_packing.cpp", "-I", HERE.parents[1] / "csrc"]
+    subprocess.run(["g++", "-std=c++20", "-O1", "-shared", "-fPIC", *checks, *source, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def call(function: Any, *arguments: object) -> None:
+    """Tensors go as pointers, integers as int64 but for flags."""
+    kinds = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_float}
+    function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else kinds[type(a)](a) for a in arguments))
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@SHAPES
+@TYPES
+def test_embeddings(host, width, wide, dtype):
+    g = torch.Generator().manual_seed(0)
+    table, features = random(30, width + 8, dtype=dtype)[:, :width], random(9, width, dtype=dtype, seed=1)
+    ids, index = torch.randint(30, (50,), generator=g), torch.full((50,), -1)
+    index[10:30] = torch.randint(9, (20,), generator=g)
+    expected = torch.where((index == -1)[:, None], table[ids], features[index])
+    bad = [(3, 30, -1), (4, -1, -1), (12, 0, 9), (13, 0, -2)]
+    for row, token, feature in bad:
+        ids[row], index[row], expected[row] = token, feature, torch.nan
+    out = torch.full((50, width), 7.0, dtype=dtype)
+    where = (table, 30, table.stride(0), features, 9, width, out, width)
+    call(host.pack_embeddings, DTYPES[dtype], wide, 64, ids, index, 50, *where)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("to_float", [False, True])
+@pytest.mark.parametrize("threads", [32, 256])
+@SHAPES
+@TYPES
+def test_sums(host, width, wide, dtype, threads, to_float):
+    index = torch.tensor([2] * 100 + [0, 5, 5, -1, 6, 5, 9] + [3] * 31 + [4] * 32)  # of seven rows: one short, two long
+    source = random(len(index), width + 8, dtype=dtype)[:, :width]
+    order, indptr = RowMap(index, 7).transpose
+    out = torch.full((7, width), 7.0, dtype=torch.float32 if to_float else dtype)
+    where = (order, indptr, 7, source, source.stride(0), out, width)
+    call(host.segment_sums, DTYPES[dtype], wide, threads, to_float, *where)
+    known = index < 7
+    known &= index >= 0
+    exact = torch.zeros(7, width, dtype=torch.float64).index_add_(0, index[known], source[known].double())
+    plain = torch.zeros(7, width, dtype=out.dtype).index_add_(0, index[known], source[known].to(out.dtype))
+    assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max()
+    in_order = torch.zeros(7, width).index_add_(0, index[known], source[known].float()).to(out.dtype)
+    short = [0, 1, 3, 5, 6]
+    assert torch.equal(out[short], in_order[short])
+    assert bool((out[1] == 0).all())
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("half", "wide"), [(64, True), (8, True), (64, False), (3, False)])
+@TYPES
+def test_mrope(host, half, wide, dtype, inverse):
+    tokens, heads = 12, 3
+    x = random(heads, tokens, 2 * half, dtype=dtype).transpose(0, 1)
+    positions = torch.randint(131_072, (3, tokens), generator=torch.Generator().manual_seed(1))
+    inv_freq = 1e6 ** -(torch.arange(half) / half)
+    axis = mrope_axis([half - 2 * (half // 3), half // 3, half // 3])
+    turned = []
+    for dtype_there in (dtype, torch.float64):
+        q = x.to(dtype_there).requires_grad_()
+        out, _ = mrope(q, q, positions, inv_freq, axis, 1.25)
+        turned.append(torch.autograd.grad(out, q, x.to(dtype_there))[0] if inverse else out.detach())
+    plain, exact = turned
+    for out in (torch.zeros(tokens, heads, 2 * half, dtype=dtype), x):  # the last in place
+        strides = torch.tensor([*x.stride()[:2], *out.stride()[:2]])
+        angles = (positions, tokens, tokens, inv_freq, axis, half, 1.25, inverse)
+        call(host.mrope, DTYPES[dtype], wide, *angles, x, out, heads, strides)
+        assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+def test_an_axis_that_is_none_gives_nan(host):
+    x, positions = torch.ones(1, 1, 4), torch.zeros(3, 1, dtype=torch.int64)
+    axis = torch.tensor([0, 3], dtype=torch.int8)
+    strides = torch.tensor([4, 4, 4, 4])
+    call(host.mrope, 2, False, positions, 1, 1, torch.ones(2), axis, 2, 1.0, False, x, x, 1, strides)
+    assert x.flatten().isnan().tolist() == [False, True, False, True]
+
+
+def test_cosines_and_sines_of_large_angles(host):
+    """One unit in the last place of 1: the argument is rounded once, and so are the two terms of each result."""
+    g = torch.Generator().manual_seed(0)
+    n = 200_000
+    positions = torch.randint(1 << 20, (n,), generator=g)
+    positions[: n // 2] %= 1000
+    inv_freq = (1e6 ** -torch.rand(n, generator=g)).clone()
+    inv_freq[::5] = 1.0
+    cosine, sine = torch.empty(2, n).unbind()
+    call(host.cos_sins, positions, inv_freq, n, cosine, sine)
+    angle = positions.double() * inv_freq.double()
+    for got, exact in ((cosine, angle.cos()), (sine, angle.sin())):
+        assert (got - exact).abs().max() <= torch.finfo(torch.float32).eps
+    assert bool((cosine[positions == 0] == 1).all())
+    assert bool((sine[positions == 0] == 0).all())
+
+
+def test_the_ops_are_called_as_their_schemas_say(monkeypatch):
+    """Through tensors without data, forward and backward: what the CUDA backend does but for its kernels."""
+    if (problem := cuda_library.load()) is not None:
+        pytest.skip(f"the CUDA kernels are {problem}")
+    for module in (embed, gather, mrope_module, prefix, row_sums):
+        monkeypatch.setattr(module, "packing_backend", lambda *_: "cuda")
+    monkeypatch.setattr(embed, "_check", lambda *_: None)
+    called = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "revisual_fast_cuda":
+                called.add(function._opname)
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Watch():
+        index = torch.zeros(5, dtype=torch.int64)
+        table = torch.zeros(7, 8, dtype=torch.bfloat16, requires_grad=True)
+        features = torch.zeros(3, 8, dtype=torch.float16, requires_grad=True)
+        out = embed.pack_embeddings(index, table, features, index)
+        assert (out.shape, out.dtype) == ((5, 8), torch.bfloat16)
+        gradients = torch.autograd.grad(
+            out.sum() + gather.GatherRows.apply(table, index, "cuda").sum(), (table, features)
+        )
+        assert [(g.shape, g.dtype) for g in gradients] == [(x.shape, x.dtype) for x in (table, features)]
+        key = torch.zeros(7, 2, 8, requires_grad=True)
+        for wanted in (slice(2), slice(1)):
+            copies = prefix.gather_kv(key, key, row_sums.RowMap(index, 7))
+            assert [x.shape for x in copies] == [(5, 2, 8), (5, 2, 8)]
+            assert torch.autograd.grad(sum(x.sum() for x in copies[wanted]), key)[0].shape == key.shape
+        angles = (torch.zeros(3, 7, dtype=torch.int64), torch.zeros(4), torch.zeros(4, dtype=torch.int8))
+        for turned in (mrope(key, key, *angles), mrope_module.mrope_(key * 1, key * 1, *angles)):
+            assert torch.autograd.grad(turned[0].sum() + turned[1].sum(), key)[0].shape == key.shape
+    assert called == {"pack_embeddings", "gather_pair", "segment_sums", "mrope"}
