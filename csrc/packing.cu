@@ -1,5 +1,5 @@
-// Kernels around packed rows: their input embeddings, the keys and values of shared prompts, sums of gradients over
-// the rows that were taken several times, and M-RoPE. All are bound by the bytes they move; none uses atomics.
+// Kernels around packed rows: their input embeddings, the keys and values of shared prompts, the sums that are the
+// gradients of both, and M-RoPE. All are bound by the bytes they move; none uses atomics.
 #define REVISUAL_TORCH
 #include <algorithm>
 
@@ -10,6 +10,7 @@ using namespace revisual;
 namespace {
 
 constexpr int THREADS = 256;  // of the widest block
+constexpr int BLOCKS = 4;     // of sums on a multiprocessor: enough registers each to have several rows in flight
 
 template <int N, typename T>
 __global__ void pack_embeddings_kernel(Embedding<T> from, T* out, int64_t width) {
@@ -19,8 +20,8 @@ __global__ void pack_embeddings_kernel(Embedding<T> from, T* out, int64_t width)
 
 // One block a row and tensor: blockIdx.y says which of the two.
 template <int N, typename T>
-__global__ void gather_pair_kernel(const int64_t* index, Rows<const T> key, Rows<const T> value, T* key_out, T* value_out,
-                                   int64_t key_width, int64_t value_width) {
+__global__ void gather_pair_kernel(const int64_t* index, Rows<const T> key, Rows<const T> value, T* key_out,
+                                   T* value_out, int64_t key_width, int64_t value_width) {
     const int64_t row = blockIdx.x;
     if (blockIdx.y == 0) {
         copy_row<N>(row_at(key, index[row]), key_out + row * key_width, key_width, threadIdx.x, blockDim.x);
@@ -29,22 +30,32 @@ __global__ void gather_pair_kernel(const int64_t* index, Rows<const T> key, Rows
     }
 }
 
-// One block a segment and tensor. All of a block's threads take the same branch.
+// One block a segment and tensor: blockIdx.y says which of the two, in a branch, since choosing between the structures
+// would put them on the stack and make every access one of unknown memory.
 template <int N, typename T, typename U>
-__global__ void __launch_bounds__(THREADS) segment_sums_kernel(Sums<T, U> one, Sums<T, U> two) {
-    __shared__ float partial[THREADS * N];
-    Sums<T, U> sums = one;
-    if (blockIdx.y == 1) sums = two;  // a reference to either would put both on the stack
-    const int64_t segment = blockIdx.x;
-    if (sums.indptr[segment + 1] - sums.indptr[segment] < LONG_SEGMENT) {
-        sum_short<N>(sums, segment, threadIdx.x, blockDim.x);
-        return;
+__global__ void __launch_bounds__(THREADS, BLOCKS) segment_sums_kernel(Sums<T, U> one, Sums<T, U> two) {
+    if (blockIdx.y == 0) {
+        sum_short<N>(one, blockIdx.x, threadIdx.x, blockDim.x);
+    } else {
+        sum_short<N>(two, blockIdx.x, threadIdx.x, blockDim.x);
     }
-    for (int64_t tile = 0; tile < sums.width; tile += 32 * N) {
-        sum_long<N>(sums, segment, tile, threadIdx.x, blockDim.x, partial);
+}
+
+// One block for every chunk of entries, 32 N columns and tensor. Few chunks have a segment that begins there and is
+// long; the blocks of the others have nothing to do.
+template <int N, typename T, typename U>
+__global__ void __launch_bounds__(THREADS, BLOCKS) long_sums_kernel(Sums<T, U> one, Sums<T, U> two) {
+    __shared__ float partial[THREADS * N];
+    const int64_t segment = long_segment(one, blockIdx.x), tile = int64_t(blockIdx.y) * 32 * N;
+    if (segment == -1) return;  // all threads of the block
+    if (blockIdx.z == 0) {
+        sum_long<N>(one, segment, tile, threadIdx.x, THREADS, partial);
         __syncthreads();
-        sum_partial<N>(sums, segment, tile, threadIdx.x, blockDim.x, partial);
+        sum_partial<N>(one, segment, tile, threadIdx.x, THREADS, partial);
+    } else {
+        sum_long<N>(two, segment, tile, threadIdx.x, THREADS, partial);
         __syncthreads();
+        sum_partial<N>(two, segment, tile, threadIdx.x, THREADS, partial);
     }
 }
 
@@ -111,21 +122,29 @@ void with_vector(bool wide, F&& f) {
 }
 
 template <typename T, typename U>
-Sums<T, U> sums_of(const int64_t* order, const int64_t* indptr, int64_t segments, const Tensor& from, const Tensor& to) {
+Sums<T, U> sums_of(const int64_t* order, const int64_t* indptr, int64_t segments, const Tensor& from,
+                   const Tensor& to) {
     const int64_t width = from.size(1);
     return {order, indptr, rows_of<const T>(from, from.scalar_type(), width, "what is summed"),
             output_of<U>(to, to.scalar_type(), segments, width, "the sums"), width};
 }
 
 template <typename T, typename U>
-void launch_sums(const Sums<T, U>& one, const Sums<T, U>& two, bool both, cudaStream_t stream) {
+void launch_sums(const Sums<T, U>& one, const Sums<T, U>& two, int64_t entries, unsigned tensors, cudaStream_t stream) {
     const auto fits = [](const Sums<T, U>& s) {
         return aligned<T>(s.from.data, {s.from.stride, s.width}) && aligned<T>(s.to.data, {});
     };
+    const int64_t width = std::max(one.width, two.width);
     with_vector<T>(fits(one) && fits(two), [&](auto n) {
         constexpr int N = decltype(n)::value;
-        const dim3 grid(blocks_for(one.to.count), both ? 2 : 1);
-        segment_sums_kernel<N><<<grid, threads_for(std::max(one.width, two.width) / N), 0, stream>>>(one, two);
+        const dim3 rows(blocks_for(one.to.count), tensors);
+        segment_sums_kernel<N><<<rows, threads_for(width / N), 0, stream>>>(one, two);
+        REVISUAL_CUDA(cudaGetLastError());
+        if (entries < LONG_SEGMENT) return;
+        const int64_t tiles = (width + 32 * N - 1) / (32 * N);
+        REVISUAL_CHECK(tiles < 65536, "rows are too wide");
+        const dim3 chunks(blocks_for(entries / LONG_SEGMENT), unsigned(tiles), tensors);
+        long_sums_kernel<N><<<chunks, THREADS, 0, stream>>>(one, two);
         REVISUAL_CUDA(cudaGetLastError());
     });
 }
@@ -216,7 +235,9 @@ void segment_sums(Tensor order, Tensor indptr, Tensor first, Optional second, Te
             using U = decltype(out_zero);
             const auto one = sums_of<T, U>(entries, bounds, segments, first, first_out);
             const auto two = second.has_value() ? sums_of<T, U>(entries, bounds, segments, *second, *second_out) : one;
-            launch_sums(one, two, second.has_value(), stream);
+            if (std::max(one.width, two.width) > 0) {
+                launch_sums(one, two, order.size(0), second.has_value() ? 2 : 1, stream);
+            }
         };
         if (out_dtype == dtype) {
             launch(T{});
@@ -235,8 +256,9 @@ void mrope(Tensor q, Optional k, Tensor positions, Tensor inv_freq, Tensor axis,
     REVISUAL_CHECK(!k.has_value() || (k->scalar_type() == q.scalar_type() && k->size(0) == tokens &&
                                       k->size(2) == 2 * half), "k does not fit q");
     REVISUAL_CHECK(positions.is_cuda() && positions.scalar_type() == ScalarType::Long && positions.dim() == 2 &&
-                       positions.size(0) == 3 && positions.size(1) == tokens && (tokens <= 1 || positions.stride(1) == 1),
-                   "positions must be [3, T] int64, each of the three contiguous");
+                       positions.size(0) == 3 && positions.size(1) == tokens,
+                   "positions must be [3, T] int64 on a CUDA device");
+    REVISUAL_CHECK(tokens <= 1 || positions.stride(1) == 1, "each of the three positions must be contiguous");
     const Angles angles{static_cast<const int64_t*>(positions.data_ptr()),
                         positions.stride(0),
                         vector_of<const float>(inv_freq, half, ScalarType::Float, "inv_freq"),

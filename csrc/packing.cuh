@@ -69,16 +69,49 @@ struct Sums {
     int64_t width;
 };
 
-// Entries from which on a segment is too much for one thread a column: the warps of a block share it.
+// Entries from which on a segment is too much for one block and one thread a column: there, every 32 N columns get a
+// block of their own, and its warps share the entries.
 constexpr int64_t LONG_SEGMENT = 32;
 
-// Adds every step-th row of [first, last), in this order.
+template <typename T, typename U>
+HOST_DEVICE bool is_long(const Sums<T, U>& sums, int64_t segment) {
+    return sums.indptr[segment + 1] - sums.indptr[segment] >= LONG_SEGMENT;
+}
+
+// The long segment that begins among the LONG_SEGMENT entries of this chunk, or -1. There is at most one, and the last
+// entry of the chunk belongs to it. So all long segments are found by chunks, whose number the host knows.
+template <typename T, typename U>
+HOST_DEVICE int64_t long_segment(const Sums<T, U>& sums, int64_t chunk) {
+    const int64_t begin = chunk * LONG_SEGMENT, end = begin + LONG_SEGMENT;
+    int64_t low = 0, high = sums.to.count;  // before `low` segments begin before `end`, from `high` on none does
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (sums.indptr[middle] < end) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    const int64_t segment = low - 1;
+    return segment >= 0 && sums.indptr[segment] >= begin && is_long(sums, segment) ? segment : -1;
+}
+
+// Adds every step-th row of [first, last), in this order, AHEAD of them in flight.
 template <int N, typename T, typename U>
 HOST_DEVICE void add_rows(const Sums<T, U>& sums, int64_t first, int64_t last, int step, int64_t column,
                           float (&total)[N]) {
-#pragma unroll 4
-    for (int64_t entry = first; entry < last; entry += step) {
-        const Pack<T, N> pack = load_pack<N>(sums.from.data + sums.order[entry] * sums.from.stride + column);
+    constexpr int AHEAD = 4;
+    const T* from = sums.from.data + column;
+    int64_t entry = first;
+    for (; entry + (AHEAD - 1) * step < last; entry += AHEAD * step) {
+        Pack<T, N> packs[AHEAD];
+        for (int j = 0; j < AHEAD; ++j) packs[j] = load_pack<N>(from + sums.order[entry + j * step] * sums.from.stride);
+        for (const Pack<T, N>& pack : packs) {
+            for (int i = 0; i < N; ++i) total[i] += to_float(pack.at[i]);
+        }
+    }
+    for (; entry < last; entry += step) {
+        const Pack<T, N> pack = load_pack<N>(from + sums.order[entry] * sums.from.stride);
         for (int i = 0; i < N; ++i) total[i] += to_float(pack.at[i]);
     }
 }
@@ -98,6 +131,7 @@ HOST_DEVICE void store_sums(const Sums<T, U>& sums, int64_t segment, int64_t col
 // A short segment: this thread's columns, each added up from the first entry to the last. An empty one is 0.
 template <int N, typename T, typename U>
 HOST_DEVICE void sum_short(const Sums<T, U>& sums, int64_t segment, int thread, int threads) {
+    if (is_long(sums, segment)) return;
     const int64_t first = sums.indptr[segment], last = sums.indptr[segment + 1];
     for (int64_t column = int64_t(thread) * N; column < sums.width; column += int64_t(threads) * N) {
         float total[N] = {};
@@ -106,7 +140,7 @@ HOST_DEVICE void sum_short(const Sums<T, U>& sums, int64_t segment, int thread, 
     }
 }
 
-// A long segment, 32 N columns at a time: first every warp adds up its own entries into partial[warp][32 N] ...
+// A long segment's 32 N columns from `tile` on: first every warp adds up its own entries into partial[warp][N][32] ...
 template <int N, typename T, typename U>
 HOST_DEVICE void sum_long(const Sums<T, U>& sums, int64_t segment, int64_t tile, int thread, int threads,
                           float* partial) {

@@ -145,8 +145,9 @@ struct RowStatistics {
 };
 
 HOST_DEVICE RowStatistics statistics_of(const RowSum& s, float scale, float target /* z */) {
-    const float log_sum = log2f(s.sum);
-    return {(fmaf(target, scale, -s.top) - log_sum) * LN2, (log_sum - s.weighted / s.sum) * LN2, s.top, s.sum};
+    const float log_sum = log2f(s.sum), logp = (fmaf(target, scale, -s.top) - log_sum) * LN2;
+    const float entropy = (log_sum - s.weighted / s.sum) * LN2;
+    return {logp > 0.0f ? 0.0f : logp, entropy < 0.0f ? 0.0f : entropy, s.top, s.sum};  // rounding must not do that
 }
 
 // dL/dz_j = (1/T) [c 1[j=y] - p_j (c + e (log p_j + H))] in terms of d = x - top: 2^d (a + b d), at the target plus c.

@@ -30,15 +30,14 @@ Rows<T> rows_of(void* data, int64_t count, int64_t stride) {
 }
 
 template <int N, typename T, typename U>
-void sum_rows(const Sums<T, U>& sums, int threads) {
-    std::vector<float> partial(threads * N);
+void sum_rows(const Sums<T, U>& sums, int64_t entries, int threads) {
     for (int64_t segment = 0; segment < sums.to.count; ++segment) {
-        if (sums.indptr[segment + 1] - sums.indptr[segment] < LONG_SEGMENT) {
-            for (int i = 0; i < threads; ++i) sum_short<N>(sums, segment, i, threads);
-            continue;
-        }
-        for (int64_t tile = 0; tile < sums.width; tile += 32 * N) {
-            std::fill(partial.begin(), partial.end(), float_of(0x7fc00000));
+        for (int i = 0; i < threads; ++i) sum_short<N>(sums, segment, i, threads);
+    }
+    for (int64_t chunk = 0; chunk < entries / LONG_SEGMENT; ++chunk) {
+        const int64_t segment = long_segment(sums, chunk);
+        for (int64_t tile = 0; segment != -1 && tile < sums.width; tile += 32 * N) {
+            std::vector<float> partial(threads * N, float_of(0x7fc00000));
             for (int i = 0; i < threads; ++i) sum_long<N>(sums, segment, tile, i, threads, partial.data());
             for (int i = 0; i < threads; ++i) sum_partial<N>(sums, segment, tile, i, threads, partial.data());
         }
@@ -49,32 +48,33 @@ void sum_rows(const Sums<T, U>& sums, int threads) {
 
 extern "C" {
 
-void pack_embeddings(int dtype, bool wide, int threads, const int64_t* ids, const int64_t* feature_index, int64_t tokens,
-                     void* table, int64_t vocab, int64_t table_stride, void* features, int64_t n_features,
-                     int64_t features_stride, void* out, int64_t width) {
+void pack_embeddings(int dtype, bool wide, int threads, const int64_t* ids, const int64_t* feature_index,
+                     int64_t tokens, void* table, int64_t vocab, int64_t table_stride, void* features,
+                     int64_t n_features, int64_t features_stride, void* out, int64_t width) {
     with_type(dtype, wide, [&](auto zero, auto n) {
         using T = decltype(zero);
         const Embedding<T> from{ids, feature_index, rows_of<const T>(table, vocab, table_stride),
                                 rows_of<const T>(features, n_features, features_stride)};
         for (int64_t t = 0; t < tokens; ++t) {
+            T* row = static_cast<T*>(out) + t * width;
             for (int i = 0; i < threads; ++i) {
-                copy_row<decltype(n)::value>(embedding_at(from, t), static_cast<T*>(out) + t * width, width, i, threads);
+                copy_row<decltype(n)::value>(embedding_at(from, t), row, width, i, threads);
             }
         }
     });
 }
 
-void segment_sums(int dtype, bool wide, int threads, bool to_float, const int64_t* order, const int64_t* indptr,
-                  int64_t segments, void* from, int64_t stride, void* to, int64_t width) {
+void segment_sums(int dtype, bool wide, int threads, bool to_float, const int64_t* order, int64_t entries,
+                  const int64_t* indptr, int64_t segments, void* from, int64_t stride, void* to, int64_t width) {
     with_type(dtype, wide, [&](auto zero, auto n) {
         using T = decltype(zero);
         const Rows<const T> source = rows_of<const T>(from, 0, stride);
         if (to_float) {
             sum_rows<decltype(n)::value>(
-                Sums<T, float>{order, indptr, source, rows_of<float>(to, segments, width), width}, threads);
+                Sums<T, float>{order, indptr, source, rows_of<float>(to, segments, width), width}, entries, threads);
         } else {
             sum_rows<decltype(n)::value>(
-                Sums<T, T>{order, indptr, source, rows_of<T>(to, segments, width), width}, threads);
+                Sums<T, T>{order, indptr, source, rows_of<T>(to, segments, width), width}, entries, threads);
         }
     });
 }

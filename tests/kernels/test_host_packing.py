@@ -71,11 +71,11 @@ def test_embeddings(host, width, wide, dtype):
 @SHAPES
 @TYPES
 def test_sums(host, width, wide, dtype, threads, to_float):
-    index = torch.tensor([2] * 100 + [0, 5, 5, -1, 6, 5, 9] + [3] * 31 + [4] * 32)  # of seven rows: one short, two long
+    index = torch.tensor([2] * 100 + [0, 5, 5, -1, 6, 5, 9] + [3] * 31 + [4] * 32)  # rows 2 and 4 are long, 1 is empty
     source = random(len(index), width + 8, dtype=dtype)[:, :width]
     order, indptr = RowMap(index, 7).transpose
     out = torch.full((7, width), 7.0, dtype=torch.float32 if to_float else dtype)
-    where = (order, indptr, 7, source, source.stride(0), out, width)
+    where = (order, len(order), indptr, 7, source, source.stride(0), out, width)
     call(host.segment_sums, DTYPES[dtype], wide, threads, to_float, *where)
     known = index < 7
     known &= index >= 0
@@ -86,6 +86,21 @@ def test_sums(host, width, wide, dtype, threads, to_float):
     short = [0, 1, 3, 5, 6]
     assert torch.equal(out[short], in_order[short])
     assert bool((out[1] == 0).all())
+
+
+def test_long_segments_wherever_they_begin(host):
+    """Every long segment is found once, whatever lies before it; a sum that nobody makes stays 7."""
+    g = torch.Generator().manual_seed(0)
+    for lengths in ([32], [31, 32], [1, 32, 32], [0, 33, 0, 31, 64, 0], torch.randint(70, (40,), generator=g).tolist()):
+        for before in (0, 1, 31, 32, 33):
+            index = torch.cat(
+                [torch.full((before,), -1), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))]
+            )
+            order, indptr = RowMap(index, len(lengths)).transpose
+            out = torch.full((len(lengths), 1), 7.0)
+            where = (order, len(order), indptr, len(lengths), torch.ones(len(index), 1), 1, out, 1)
+            call(host.segment_sums, 2, False, 64, False, *where)
+            assert out.flatten().tolist() == lengths
 
 
 @pytest.mark.parametrize("inverse", [False, True])
