@@ -168,10 +168,14 @@ using Optional = std::optional<Tensor>;
 #define REVISUAL_CHECK(condition, message) \
     if (!(condition)) throw std::runtime_error(std::string("revisual_fast CUDA kernels: ") + (message))
 
-#define REVISUAL_CUDA(call)                                                                                   \
-    if (const cudaError_t error = (call); error != cudaSuccess)                                               \
-    throw std::runtime_error(std::string(__FILE__ ":") + std::to_string(__LINE__) + ": " #call " failed: " + \
-                             cudaGetErrorString(error))
+// Throws, and leaves no error behind for the next launch to be blamed for.
+inline void check_cuda(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();
+    throw std::runtime_error(std::string("revisual_fast CUDA kernels: ") + what + ": " + cudaGetErrorString(error));
+}
+
+#define REVISUAL_CUDA(call) check_cuda(call, #call)
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
     REVISUAL_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
@@ -180,11 +184,12 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
     return static_cast<cudaStream_t>(stream);
 }
 
-// A vector of n elements that lie side by side; nullptr where it is absent.
+// A vector of n elements that lie side by side on a device (-1: any); nullptr where it is absent.
 template <typename T>
-T* vector_of(const Optional& tensor, int64_t n, ScalarType dtype, const char* name) {
+T* vector_of(const Optional& tensor, int64_t n, ScalarType dtype, const char* name, int device = -1) {
     if (!tensor.has_value()) return nullptr;
-    REVISUAL_CHECK(tensor->is_cuda(), std::string(name) + " must be on a CUDA device");
+    REVISUAL_CHECK(tensor->is_cuda() && (device < 0 || tensor->get_device_index() == device),
+                   std::string(name) + " must be on the CUDA device of the rows");
     REVISUAL_CHECK(tensor->scalar_type() == dtype, std::string(name) + " has the wrong dtype");
     REVISUAL_CHECK(tensor->dim() == 1 && tensor->size(0) == n, std::string(name) + " has the wrong shape");
     REVISUAL_CHECK(n <= 1 || tensor->stride(0) == 1, std::string(name) + " must be contiguous");

@@ -18,7 +18,7 @@ void row_gradient(Tensor z, Tensor out, Optional index, Optional bias, Tensor ta
 void row_loss(Tensor z, Tensor out, Optional bias, Tensor targets, Optional temperature, Optional mask, double softcap,
               Tensor logp, Tensor entropy, Tensor losses, Tensor c, Optional e, Optional advantages, Optional old,
               Optional ref, Optional rollout, Tensor weight, int64_t surrogate, int64_t kl, bool kl_bias,
-              int64_t correction, std::vector<double> numbers, bool one_read);
+              int64_t correction, std::vector<double> numbers, int64_t resident);
 
 // packing.cu
 void pack_embeddings(Tensor ids, Tensor table, Optional features, Tensor feature_index, Tensor out);
@@ -41,7 +41,7 @@ STABLE_TORCH_LIBRARY(revisual_fast_cuda, m) {
     m.def("row_loss(Tensor z, Tensor(a!) out, Tensor? bias, Tensor targets, Tensor? temperature, Tensor? mask,"
           " float softcap, Tensor(b!) logp, Tensor(c!) entropy, Tensor(d!) losses, Tensor(e!) c, Tensor(f!)? e,"
           " Tensor? advantages, Tensor? old, Tensor? ref, Tensor? rollout, Tensor weight, int surrogate, int kl,"
-          " bool kl_bias, int correction, float[] numbers, bool one_read) -> ()");
+          " bool kl_bias, int correction, float[] numbers, int resident) -> ()");
     m.def("pack_embeddings(Tensor ids, Tensor table, Tensor? features, Tensor feature_index, Tensor(a!) out) -> ()");
     m.def("gather_pair(Tensor key, Tensor value, Tensor index, Tensor(a!) key_out, Tensor(b!) value_out) -> ()");
     m.def("segment_sums(Tensor order, Tensor indptr, Tensor first, Tensor? second, Tensor(a!) first_out,"

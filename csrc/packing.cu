@@ -122,9 +122,10 @@ void with_vector(bool wide, F&& f) {
 }
 
 template <typename T, typename U>
-Sums<T, U> sums_of(const int64_t* order, const int64_t* indptr, int64_t segments, const Tensor& from,
+Sums<T, U> sums_of(const int64_t* order, int64_t entries, const int64_t* indptr, int64_t segments, const Tensor& from,
                    const Tensor& to) {
     const int64_t width = from.size(1);
+    REVISUAL_CHECK(from.size(0) == entries, "every row that is summed must have its place in order");
     return {order, indptr, rows_of<const T>(from, from.scalar_type(), width, "what is summed"),
             output_of<U>(to, to.scalar_type(), segments, width, "the sums"), width};
 }
@@ -218,14 +219,14 @@ void gather_pair(Tensor key, Tensor value, Tensor index, Tensor key_out, Tensor 
 }
 
 void segment_sums(Tensor order, Tensor indptr, Tensor first, Optional second, Tensor first_out, Optional second_out) {
-    const int64_t segments = indptr.size(0) - 1;
+    const int64_t entries = order.size(0), segments = indptr.size(0) - 1;
     const ScalarType dtype = first.scalar_type(), out_dtype = first_out.scalar_type();
     const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
     REVISUAL_CHECK(second.has_value() == second_out.has_value(), "the second sums need a second input");
     REVISUAL_CHECK(!second.has_value() || (second->scalar_type() == dtype && second_out->scalar_type() == out_dtype),
                    "both tensors must have the same dtype");
     REVISUAL_CHECK(out_dtype == dtype || out_dtype == ScalarType::Float, "sums are fp32, or of their input's dtype");
-    const int64_t* entries = vector_of<const int64_t>(order, order.size(0), ScalarType::Long, "order");
+    const int64_t* rows = vector_of<const int64_t>(order, entries, ScalarType::Long, "order");
     const int64_t* bounds = vector_of<const int64_t>(indptr, segments + 1, ScalarType::Long, "indptr");
     if (segments <= 0) return;
     const cudaStream_t stream = current_stream(first);
@@ -233,10 +234,12 @@ void segment_sums(Tensor order, Tensor indptr, Tensor first, Optional second, Te
         using T = decltype(zero);
         const auto launch = [&](auto out_zero) {
             using U = decltype(out_zero);
-            const auto one = sums_of<T, U>(entries, bounds, segments, first, first_out);
-            const auto two = second.has_value() ? sums_of<T, U>(entries, bounds, segments, *second, *second_out) : one;
+            const auto of = [&](const Tensor& from, const Tensor& to) {
+                return sums_of<T, U>(rows, entries, bounds, segments, from, to);
+            };
+            const Sums<T, U> one = of(first, first_out), two = second.has_value() ? of(*second, *second_out) : one;
             if (std::max(one.width, two.width) > 0) {
-                launch_sums(one, two, order.size(0), second.has_value() ? 2 : 1, stream);
+                launch_sums(one, two, entries, second.has_value() ? 2 : 1, stream);
             }
         };
         if (out_dtype == dtype) {

@@ -16,7 +16,7 @@ namespace revisual {
 
 // What a block does with one row after the other.
 template <typename Z, typename G, bool FULL>
-__global__ void __launch_bounds__(WARP * MOST_WARPS, 1)
+__global__ void __launch_bounds__(WARP * MOST_WARPS, 2)
     cluster_loss_kernel(Logits<Z> logits, G* out, int64_t out_stride, StatisticsOut statistics, Loss loss,
                         ClusterPlan plan) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -44,21 +44,35 @@ __global__ void __launch_bounds__(WARP * MOST_WARPS, 1)
     }
     cluster_sync();  // every block of the cluster has begun, and its barriers exist
 
+    // What the next row's work begins with, asked for a row ahead.
+    struct Ahead {
+        bool counts;
+        int target;
+        float temperature, target_logit;
+    };
+    const auto look_ahead = [&](int64_t index) -> Ahead {
+        if (index >= logits.n || !logits.counts(index)) return {false, -1, 1.0f, 0.0f};
+        const int target = logits.target_of(index);
+        return {true, target, logits.temperature_of(index), logits.target_logit(index, target)};
+    };
+
     int stage = 0;
     uint32_t parity = 0, counted = 0;
+    Ahead next = look_ahead(first);
     for (int64_t index = first; index < logits.n; index += clusters) {
+        const Ahead now = next;
+        next = look_ahead(index + clusters);
         const Z* row = logits.row(index);
         const Span<Z> span(row, logits.V);
         const Share share(span.packs, rank, plan.blocks);
         G* out_row = out + index * out_stride;
-        barrier_wait(&full[stage], parity);
-        if (logits.counts(index)) {
-            const int target = logits.target_of(index), column = span.column(share.first);
-            const Z target_logit = row[target < 0 ? 0 : target];
-            const float temperature = logits.temperature_of(index);
-            const Reader<FULL> read = logits.template reader<FULL>(temperature);
+        if (now.counts) {
+            const int column = span.column(share.first);
+            const Reader<FULL> read = logits.template reader<FULL>(now.temperature);
             const int edge = rank == 0 && thread < span.edge() ? span.edge_column(thread) : -1;
             const Z edge_logit = row[edge < 0 ? 0 : edge];
+            const Token<float> token = loss.token(index);
+            barrier_wait(&full[stage], parity);
 
             RowSum s = RowSum::none();
             add_packs<1>(s, stage_of(stage), share.count, column, thread, blockDim.x, read);
@@ -69,22 +83,25 @@ __global__ void __launch_bounds__(WARP * MOST_WARPS, 1)
             s = warp_sum(s);
             const int turn = counted % 2, partials = plan.blocks * warps;
             if (thread == 0) barrier_arrive(&gathered[turn], partials * sizeof(float4));
+            // Once all have sent, the row may be overwritten: the target's logit goes along, for it must have arrived.
             if (thread % WARP < plan.blocks)
-                send({s.top, s.sum, s.weighted, 0.0f}, &partial[turn][rank * warps + thread / WARP], &gathered[turn],
-                     thread % WARP);
+                send({s.top, s.sum, s.weighted, now.target_logit}, &partial[turn][rank * warps + thread / WARP],
+                     &gathered[turn], thread % WARP);
             barrier_wait(&gathered[turn], counted / 2 % 2);
             ++counted;
-            const RowStatistics found = row_statistics_of(sum_of(partial[turn], partials), read, target_logit, target);
-            const RowLoss<float> r = token_objective(loss.objective, loss.token(index, found.logp), found.logp, found.entropy);
+            const RowStatistics found =
+                row_statistics_of(sum_of(partial[turn], partials), read, partial[turn][0].w, now.target);
+            const RowLoss<float> r = loss.of(token, found);
             if (rank == 0 && thread == 0) {
                 statistics.write(index, found);
                 loss.write(index, r);
             }
-            const RowGradient gradient(found, read.scale, r.c, r.e, temperature);
-            write_packs<1>(stage_of(stage), share.count, column, out_row + column, target, gradient, read, thread,
+            const RowGradient gradient(found, read.scale, r.c, r.e, now.temperature);
+            write_packs<1>(stage_of(stage), share.count, column, out_row + column, now.target, gradient, read, thread,
                            blockDim.x);
-            if (edge >= 0) out_row[edge] = gradient_of<Z, G>(edge_logit, edge, target, gradient, read);
+            if (edge >= 0) out_row[edge] = gradient_of<Z, G>(edge_logit, edge, now.target, gradient, read);
         } else {
+            barrier_wait(&full[stage], parity);  // nothing was asked for: it keeps the phases in step
             write_zeros(out_row + span.column(share.first), share.count * VECTOR<Z>);
             if (rank == 0 && thread < span.edge()) out_row[span.edge_column(thread)] = G{};
             if (rank == 0 && thread == 0) {

@@ -31,6 +31,11 @@ struct Logits {
         return target >= 0 && target < V ? int(target) : -1;
     }
 
+    // Raw, for row_statistics_of.
+    __device__ float target_logit(int64_t row, int target) const {
+        return logit_of(this->row(row)[target < 0 ? 0 : target]);
+    }
+
     template <bool FULL>
     __device__ Reader<FULL> reader(float temperature) const {
         return {LOG2E / temperature, softcap, bias};
@@ -53,9 +58,15 @@ struct Loss {  // the objective, its vectors and what it writes: [n] each
     const float *advantages, *old, *ref, *rollout, *weight;  // all but the last may be nullptr
     float *losses, *c, *e;                                   // e may be nullptr
 
-    __device__ Token<float> token(int64_t row, float logp) const {
-        return {advantages == nullptr ? 1.0f : advantages[row], old == nullptr ? logp : old[row],
+    // What is known before the row's log-prob is; on-policy, `old` is that log-prob.
+    __device__ Token<float> token(int64_t row) const {
+        return {advantages == nullptr ? 1.0f : advantages[row], old == nullptr ? 0.0f : old[row],
                 ref == nullptr ? 0.0f : ref[row], rollout == nullptr ? 1.0f : rollout[row], weight[row]};
+    }
+
+    __device__ RowLoss<float> of(Token<float> token, const RowStatistics& s) const {
+        if (old == nullptr) token.old = s.logp;
+        return token_objective(objective, token, s.logp, s.entropy);
     }
 
     __device__ void write(int64_t row, const RowLoss<float>& r) const {
@@ -82,9 +93,9 @@ __device__ inline RowSum sum_of(const float4* partial, int count) {
 }
 
 // Statistics of a row whose sums and raw target logit are known; nan where there is no such target.
-template <typename Z, bool FULL>
-__device__ RowStatistics row_statistics_of(const RowSum& sum, const Reader<FULL>& read, Z target_logit, int target) {
-    RowStatistics s = statistics_of(sum, read.scale, read(logit_of(target_logit), target < 0 ? 0 : target));
+template <bool FULL>
+__device__ RowStatistics row_statistics_of(const RowSum& sum, const Reader<FULL>& read, float target_logit, int target) {
+    RowStatistics s = statistics_of(sum, read.scale, read(target_logit, target < 0 ? 0 : target));
     if (target < 0) s.logp = NAN;
     return s;
 }

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(WARP * MOST_WARPS, 2) statistics_kernel(Logits
     }
     const Z* row = logits.row(index);
     const int target = logits.target_of(index);
-    const Z target_logit = row[target < 0 ? 0 : target];
+    const float target_logit = logits.target_logit(index, target);
     const Reader<FULL> read = logits.template reader<FULL>(logits.temperature_of(index));
     const RowSum sum = block_sum(row, Span<Z>(row, logits.V), read);
     if (threadIdx.x == 0) out.write(index, row_statistics_of(sum, read, target_logit, target));
@@ -81,11 +81,12 @@ __global__ void __launch_bounds__(WARP * MOST_WARPS, 2)
     const Z* row = logits.row(index);
     const Span<Z> span(row, logits.V);
     const int target = logits.target_of(index);
-    const Z target_logit = row[target < 0 ? 0 : target];  // before anybody writes to the row
+    const float target_logit = logits.target_logit(index, target);  // before anybody writes to the row
+    const Token<float> token = loss.token(index);
     const float temperature = logits.temperature_of(index);
     const Reader<FULL> read = logits.template reader<FULL>(temperature);
     const RowStatistics s = row_statistics_of(block_sum(row, span, read), read, target_logit, target);
-    const RowLoss<float> r = token_objective(loss.objective, loss.token(index, s.logp), s.logp, s.entropy);
+    const RowLoss<float> r = loss.of(token, s);
     if (threadIdx.x == 0) {
         statistics.write(index, s);
         loss.write(index, r);

@@ -15,6 +15,7 @@ namespace revisual {
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float LOWEST = -1e30f;  // stands for minus infinity, so that p log p is 0 and not nan
+constexpr float NOTHING = -1e20f;  // the largest exponent of no columns: above LOWEST's at any temperature in use
 
 HOST_DEVICE float exp2_of(float x) {
 #ifdef __CUDA_ARCH__
@@ -43,25 +44,19 @@ HOST_DEVICE float logit_of(T element) {
     return finite_below(to_float(element));
 }
 
-// The elements of a pack, likewise; two 16-bit elements at a time.
+// The elements of a pack, likewise; two at a time where that is one instruction.
 template <typename T, int N>
 HOST_DEVICE void logits_of(const Pack<T, N>& pack, float (&z)[N]) {
 #ifdef __CUDA_ARCH__
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (std::is_same_v<T, bf16>) {
         uint32_t words[N / 2];
         memcpy(words, &pack, sizeof(pack));
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) {
-            uint32_t pair;
-            if constexpr (std::is_same_v<T, bf16>) {  // 0xf149: -1e30
-                asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(words[i]), "r"(0xf149f149u));
-                z[2 * i] = float_of(pair << 16);
-                z[2 * i + 1] = float_of(pair & 0xffff0000u);
-            } else {  // 0xfbff: the lowest of fp16
-                asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(words[i]), "r"(0xfbfffbffu));
-                z[2 * i] = to_float(fp16{uint16_t(pair & 0xffffu)});
-                z[2 * i + 1] = to_float(fp16{uint16_t(pair >> 16)});
-            }
+            uint32_t pair;  // 0xf149: -1e30
+            asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(words[i]), "r"(0xf149f149u));
+            z[2 * i] = float_of(pair << 16);
+            z[2 * i + 1] = float_of(pair & 0xffff0000u);
         }
     } else
 #endif
@@ -106,7 +101,7 @@ struct Reader {
 struct RowSum {
     float top, sum, weighted;
 
-    HOST_DEVICE static RowSum none() { return {LOWEST, 0.0f, 0.0f}; }
+    HOST_DEVICE static RowSum none() { return {NOTHING, 0.0f, 0.0f}; }
 
     HOST_DEVICE void raise(float higher) {  // no-op unless higher > top; a nan is not
         if (!(higher > top)) return;
@@ -285,16 +280,22 @@ struct ClusterPlan {
 constexpr int MOST_BLOCKS = 8;           // what every device with clusters can do
 constexpr int SHORTEST_ROW = 32 * 1024;  // bytes; a shorter row stays in the first cache between two readings
 
-// The smallest cluster whose blocks hold two stages; one stage only where eight blocks cannot hold two.
-HOST_DEVICE ClusterPlan plan_cluster(int V, int element_bytes, int shared_bytes) {
+// The smallest cluster whose blocks hold `stages` stages in `shared` bytes each.
+HOST_DEVICE ClusterPlan smallest_cluster(int V, int element_bytes, int stages, int shared) {
     const int packs = V / (16 / element_bytes);
-    if (int64_t(V) * element_bytes < SHORTEST_ROW) return {0, 0, 0};
-    for (int stages = 2; stages > 0; --stages)
-        for (int blocks = 1; blocks <= MOST_BLOCKS; blocks *= 2) {
-            const ClusterPlan plan{blocks, stages, (packs + blocks - 1) / blocks};
-            if (plan.bytes() <= size_t(shared_bytes)) return plan;
-        }
+    for (int blocks = 1; blocks <= MOST_BLOCKS; blocks *= 2) {
+        const ClusterPlan plan{blocks, stages, (packs + blocks - 1) / blocks};
+        if (shared > 0 && plan.bytes() <= size_t(shared)) return plan;
+    }
     return {0, 0, 0};
+}
+
+// Two blocks on a multiprocessor, of `half` bytes each, if the row allows it: one works while the other waits for its
+// neighbours. Else one, of `whole` bytes; and one stage only where eight blocks cannot hold two.
+HOST_DEVICE ClusterPlan plan_cluster(int V, int element_bytes, int half, int whole) {
+    if (int64_t(V) * element_bytes < SHORTEST_ROW) return {0, 0, 0};
+    const ClusterPlan two = smallest_cluster(V, element_bytes, 2, half), one = smallest_cluster(V, element_bytes, 2, whole);
+    return two.blocks > 0 ? two : one.blocks > 0 ? one : smallest_cluster(V, element_bytes, 1, whole);
 }
 
 }  // namespace revisual

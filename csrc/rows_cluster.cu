@@ -6,29 +6,41 @@
 namespace revisual {
 namespace {
 
-// Shared memory that a block of this kernel may ask for, or 0 where its code or the device has no clusters.
+// Dynamic shared memory that a block of this kernel may have, alone on a multiprocessor or as one of two.
+struct Shared {
+    int whole, half;
+};
+
+// Zero where the code or the device has no clusters.
 template <typename Kernel>
-int shared_bytes_of(Kernel* kernel) {
-    int device = 0, major = 0, limit = 0;
-    cudaFuncAttributes attributes{};
+Shared shared_bytes_of(Kernel* kernel) {
+    const auto attribute = [](cudaDeviceAttr name, int device) {
+        int value = 0;
+        REVISUAL_CUDA(cudaDeviceGetAttribute(&value, name, device));
+        return value;
+    };
+    int device = 0;
     REVISUAL_CUDA(cudaGetDevice(&device));
-    REVISUAL_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    if (major < 9) return 0;
-    REVISUAL_CUDA(cudaFuncGetAttributes(&attributes, kernel));
-    if (attributes.ptxVersion < 90) return 0;
-    REVISUAL_CUDA(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return limit - int(attributes.sharedSizeBytes);
+    cudaFuncAttributes code{};
+    REVISUAL_CUDA(cudaFuncGetAttributes(&code, kernel));
+    if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 9 || code.ptxVersion < 90) return {0, 0};
+    const int fixed = int(code.sharedSizeBytes);
+    const int each = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) / 2 -
+                     attribute(cudaDevAttrReservedSharedMemoryPerBlock, device);
+    return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - fixed, each / 128 * 128 - fixed};
 }
 
 }  // namespace
 
 template <typename Z, typename G>
 bool launch_cluster_loss(const Logits<Z>& logits, G* out, int64_t out_stride, const StatisticsOut& statistics,
-                         const Loss& loss, cudaStream_t stream) {
+                         const Loss& loss, int resident, cudaStream_t stream) {
     auto* kernel = is_full(logits) ? cluster_loss_kernel<Z, G, true> : cluster_loss_kernel<Z, G, false>;
-    const ClusterPlan plan = plan_cluster(logits.V, sizeof(Z), shared_bytes_of(kernel));
+    const Shared shared = shared_bytes_of(kernel);
+    const ClusterPlan plan = plan_cluster(logits.V, sizeof(Z), resident > 1 ? shared.half : 0, shared.whole);
     if (plan.blocks == 0) return false;
-    REVISUAL_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.bytes())));
+    // Always the most, so that two threads of the host cannot take it from each other.
+    REVISUAL_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared.whole));
     cudaLaunchAttribute shape{};
     shape.id = cudaLaunchAttributeClusterDimension;
     shape.val.clusterDim = {unsigned(plan.blocks), 1, 1};
@@ -49,7 +61,7 @@ bool launch_cluster_loss(const Logits<Z>& logits, G* out, int64_t out_stride, co
 
 #define REVISUAL_CLUSTER(Z, G)                                                                               \
     template bool launch_cluster_loss<Z, G>(const Logits<Z>&, G*, int64_t, const StatisticsOut&, const Loss&, \
-                                            cudaStream_t);
+                                            int, cudaStream_t);
 REVISUAL_CLUSTER(bf16, bf16)
 REVISUAL_CLUSTER(fp16, fp16)
 REVISUAL_CLUSTER(float, float)

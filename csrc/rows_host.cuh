@@ -7,9 +7,17 @@
 
 namespace revisual {
 
-inline float* floats(const Optional& tensor, int64_t n, const char* name) {
-    return vector_of<float>(tensor, n, ScalarType::Float, name);
-}
+// The vectors that stand beside rows: fp32, n elements, on the rows' device.
+struct Beside {
+    int64_t n;
+    int device;
+
+    explicit Beside(const Tensor& z) : n(z.size(0)), device(z.get_device_index()) {}
+
+    float* operator()(const Optional& tensor, const char* name) const {
+        return vector_of<float>(tensor, n, ScalarType::Float, name, device);
+    }
+};
 
 inline void check_rows(const Tensor& z, const char* name) {
     REVISUAL_CHECK(z.is_cuda() && z.dim() == 2, std::string(name) + " must be [n, V] on a CUDA device");
@@ -22,15 +30,16 @@ template <typename Z>
 Logits<Z> logits_of(const Tensor& z, const Optional& bias, const Tensor& targets, const Optional& temperature,
                     const Optional& mask, double softcap) {
     check_rows(z, "logits");
+    const Beside beside(z);
     const int64_t n = z.size(0), V = z.size(1);
     return {static_cast<const Z*>(z.data_ptr()),
             z.stride(0),
             n,
             int(V),
-            floats(bias, V, "bias"),
-            vector_of<const int64_t>(targets, n, ScalarType::Long, "targets"),
-            floats(temperature, n, "temperature"),
-            vector_of<const bool>(mask, n, ScalarType::Bool, "mask"),
+            vector_of<float>(bias, V, ScalarType::Float, "bias", beside.device),
+            vector_of<const int64_t>(targets, n, ScalarType::Long, "targets", beside.device),
+            beside(temperature, "temperature"),
+            vector_of<const bool>(mask, n, ScalarType::Bool, "mask", beside.device),
             float(softcap)};
 }
 
@@ -39,14 +48,11 @@ bool is_full(const Logits<Z>& logits) {
     return logits.bias != nullptr || logits.softcap > 0.0f;
 }
 
-inline StatisticsOut statistics_out(int64_t n, const Tensor& logp, const Tensor& entropy, const Optional& top,
-                                    const Optional& sum) {
-    return {floats(logp, n, "logp"), floats(entropy, n, "entropy"), floats(top, n, "top"), floats(sum, n, "total")};
-}
-
-inline void check_out(const Tensor& out, int64_t n, int64_t V) {
+inline void check_out(const Tensor& out, const Tensor& z, int64_t n) {
     check_rows(out, "the gradient");
-    REVISUAL_CHECK(out.size(0) == n && out.size(1) == V, "the gradient must have the shape of the rows");
+    REVISUAL_CHECK(out.size(0) == n && out.size(1) == z.size(1), "the gradient must have the shape of the rows");
+    REVISUAL_CHECK(n <= 1 || out.stride(0) >= out.size(1), "rows of the gradient must not overlap");
+    REVISUAL_CHECK(out.get_device_index() == z.get_device_index(), "the gradient must be on the device of the rows");
 }
 
 // Element types of logits and gradient: the same, or fp32 logits and a 16-bit gradient.
@@ -67,9 +73,10 @@ inline Objective<float> objective_of(int64_t surrogate, int64_t kl, bool kl_bias
             float(x[2]),    float(x[3]), float(x[4]),     float(x[5]), float(x[6]), float(x[7]), float(x[8])};
 }
 
-// rows_cluster.cu: false where the device has no clusters, or the row does not fit into one.
+// rows_cluster.cu: false where the device has no clusters, or the row does not fit into one. `resident`: blocks that a
+// multiprocessor should hold at a time, 2 if the row allows it, or 1.
 template <typename Z, typename G>
 bool launch_cluster_loss(const Logits<Z>& logits, G* out, int64_t out_stride, const StatisticsOut& statistics,
-                         const Loss& loss, cudaStream_t stream);
+                         const Loss& loss, int resident, cudaStream_t stream);
 
 }  // namespace revisual

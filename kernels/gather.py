@@ -1,10 +1,10 @@
 """The rows of the hidden states that have a target: a gather with repeats, whose backward adds.
 
 ``T`` packed rows, ``N`` gathered ones, hidden size ``D``. The last row of a prompt predicts the first token of every
-completion, so it is gathered as often as its group has completions. The gradients of the copies are added in fp32 (fp64
-for fp64), in an order that only the rows decide, and rounded once: the sum has one rounding error however large the
-group, and is the same in every run. Plain indexing adds in the dtype of the gradient. Nothing but ``rows`` is kept for
-the backward pass, and nothing waits for a CUDA device.
+completion, so it is gathered as often as its group has completions. The gradients of the copies are added up by
+:mod:`revisual_fast.kernels.row_sums`, in fp32 (fp64 for fp64) and rounded once: the sum has one rounding error however
+large the group, and is the same in every run. Plain indexing adds in the dtype of the gradient. Nothing but ``rows`` is
+kept for the backward pass, and nothing waits for a CUDA device.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from revisual_fast.kernels.dispatch import pick_backend
-from revisual_fast.kernels.plan import statistics_dtype
+from revisual_fast.kernels.row_sums import RowMap, packing_backend, row_sums
+from revisual_fast.ranges import ranged
 
 __all__ = ["GatherRows", "gather_rows", "gather_rows_backward"]
 
 
+@ranged("revisual_fast.gather_rows")
 def gather_rows(
     hidden: Tensor,  # [T, D] bf16, fp16, fp32 or fp64
     rows: Tensor,  # [N] int64, repeats allowed, any order
@@ -28,8 +29,9 @@ def gather_rows(
 ) -> Tensor:
     """``hidden[rows]``, ``[N, D]``, differentiable in ``hidden``; ``backend`` says what computes the gradient.
 
-    ``auto`` is triton on CUDA, torch elsewhere. That rows lie in ``[0, T)`` is checked on the CPU only, where it costs
-    no sync. Raises ValueError for shapes, dtypes, rows or a backend that do not fit.
+    ``auto`` is cuda, triton or torch on a CUDA device, the first that can run, and torch elsewhere. That rows lie in
+    ``[0, T)`` is checked on the CPU only, where it costs no sync. Raises ValueError for shapes, dtypes, rows or a
+    backend that do not fit.
     """
     if hidden.ndim != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be [T, D] of floating-point numbers; got {list(hidden.shape)} {hidden.dtype}")
@@ -42,9 +44,10 @@ def gather_rows(
         low, high = (int(bound) for bound in rows.aminmax())
         if low < 0 or high >= len(hidden):
             raise ValueError(f"rows must lie in [0, {len(hidden)}), hidden's rows; they go from {low} to {high}")
-    return GatherRows.apply(hidden, rows, pick_backend(backend, hidden.device))
+    return GatherRows.apply(hidden, rows, packing_backend(backend, hidden))
 
 
+@ranged("revisual_fast.gather_rows_backward")
 def gather_rows_backward(
     d_out: Tensor,  # [N, D]
     rows: Tensor,  # [N] int64
@@ -55,21 +58,12 @@ def gather_rows_backward(
 
     Raises ValueError for a backend that cannot run here.
     """
-    wide = statistics_dtype(d_out.dtype)
-    if pick_backend(backend, d_out.device) == "triton":
-        from revisual_fast.kernels.kept_triton import weighted_sums
-
-        sorted_rows, order = rows.sort(stable=True)
-        indptr = torch.searchsorted(sorted_rows, torch.arange(n_rows + 1, device=rows.device))
-        return weighted_sums(d_out.new_ones(len(rows), dtype=wide), order, indptr, d_out, d_out.dtype)
-    total = d_out.new_zeros((n_rows, d_out.shape[1]), dtype=wide)
-    if total.is_cuda:  # index_add_ is atomic there, index_put_ sorts
-        return total.index_put_((rows,), d_out.to(total.dtype), accumulate=True).to(d_out.dtype)
-    return total.index_add_(0, rows, d_out.to(total.dtype)).to(d_out.dtype)
+    (total,) = row_sums([d_out], RowMap(rows.contiguous(), n_rows), d_out.dtype, backend)
+    return total
 
 
 class GatherRows(torch.autograd.Function):
-    """``apply(hidden [T, D], rows [N], backend)`` with a backend that :func:`pick_backend` gave."""
+    """``apply(hidden [T, D], rows [N], backend)`` with a backend that :func:`packing_backend` gave."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, rows: Tensor, backend: str) -> Tensor:

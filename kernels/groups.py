@@ -20,6 +20,7 @@ from torch import Tensor
 
 from revisual_fast.advantages import check_pad_settings, pad_count
 from revisual_fast.kernels.dispatch import pick_backend
+from revisual_fast.ranges import ranged
 
 __all__ = ["PadMask", "group_advantages", "pad_mask"]
 
@@ -36,6 +37,7 @@ class PadMask(NamedTuple):
     dropped_high: Tensor  # 0-d int64: |A| above t_high
 
 
+@ranged("revisual_fast.group_advantages")
 def group_advantages(
     rewards: Tensor,  # [N] floating point
     cu_groups: Tensor,  # [B + 1] int32 or int64: group b owns the rows cu_groups[b] .. cu_groups[b + 1]
@@ -96,6 +98,7 @@ def _normalise_groups(values: Tensor, cu_groups: Tensor, eps: float, divide: boo
     return centred
 
 
+@ranged("revisual_fast.pad_mask")
 def pad_mask(
     advantages: Tensor,  # [N]
     *,

@@ -20,8 +20,8 @@ from revisual_fast.kernels.rows import RawRows
 assert cuda_library.load() is None, "who asks for this backend has checked that it can be had"
 OPS = torch.ops.revisual_fast_cuda
 
-ONE_READ = True
-"""Whether the loss keeps a row in a cluster's shared memory where it can; False, for comparison, reads it twice."""
+BLOCKS_PER_MULTIPROCESSOR = 2
+"""Of the loss that keeps a row in a cluster's shared memory: 2 where the row allows it, 1, or 0, to read rows twice."""
 
 
 def _of(rows: RawRows) -> tuple[Any, ...]:
@@ -63,4 +63,4 @@ def loss(
     """Writes statistics, loss, ``c``, ``e`` and the gradient of the rows' raw logits."""
     o = objective
     numbers = (SURROGATES[o.surrogate], KL_FORMS[o.kl], o.kl_bias_correction, CORRECTIONS[o.correction], o.numbers)
-    OPS.row_loss(rows.z, out, *_of(rows), logp, entropy, losses, c, e, *vectors, *numbers, ONE_READ)
+    OPS.row_loss(rows.z, out, *_of(rows), logp, entropy, losses, c, e, *vectors, *numbers, BLOCKS_PER_MULTIPROCESSOR)

@@ -20,12 +20,12 @@ GRPO = PolicyObjective(kl_coef=0.1, entropy_coef=0.05)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.fixture(params=[True, False], ids=["read once", "read twice"])
-def one_read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """With the row in a cluster's shared memory, and without."""
+@pytest.fixture(params=[2, 1, 0], ids=["two blocks", "one block", "read twice"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """With the row in a cluster's shared memory, two blocks or one on a multiprocessor, and without."""
     from revisual_fast.kernels import rows_cuda
 
-    monkeypatch.setattr(rows_cuda, "ONE_READ", request.param)
+    monkeypatch.setattr(rows_cuda, "BLOCKS_PER_MULTIPROCESSOR", request.param)
     return request.param
 
 
@@ -41,9 +41,7 @@ def batch(n: int, v: int, dtype: torch.dtype, offset: int = 0, stride: int | Non
 def tokens_for(n: int) -> TokenBatch:
     g = torch.Generator("cuda").manual_seed(n)
     advantages, old, ref = torch.randn(3, n, generator=g, device="cuda")
-    return TokenBatch(
-        advantages, old - 9, ref - 9, weight=torch.ones(n, device="cuda")
-    )  # 1/n: fp16 underflows
+    return TokenBatch(advantages, old - 9, ref - 9, weight=torch.ones(n, device="cuda"))  # 1/n: fp16 underflows
 
 
 def outputs(z: Tensor, targets: Tensor, tokens: TokenBatch, backend: str = "cuda") -> list[Tensor]:
@@ -68,7 +66,7 @@ WIDTHS = [1, 7, 127, 4097, 16_384, 33_001, 56_001, 110_003, 151_936, 152_064, 23
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", WIDTHS)
-def test_widths(v: int, dtype: torch.dtype, one_read: bool) -> None:
+def test_widths(v: int, dtype: torch.dtype, blocks: int) -> None:
     z, targets = batch(5, v, dtype)
     targets[0], targets[1] = 0, v - 1
     check(outputs(z, targets, tokens_for(5)), z, targets, tokens_for(5))
@@ -76,7 +74,7 @@ def test_widths(v: int, dtype: torch.dtype, one_read: bool) -> None:
 
 @pytest.mark.parametrize(("offset", "stride"), [(1, None), (3, 40_005), (5, 40_008), (8, 40_000)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_begin_anywhere(dtype: torch.dtype, offset: int, stride: int | None, one_read: bool) -> None:
+def test_rows_begin_anywhere(dtype: torch.dtype, offset: int, stride: int | None, blocks: int) -> None:
     z, targets = batch(9, 33_003, dtype, offset, stride)
     memory = z.clone()
     got = outputs(z, targets, tokens_for(9))
@@ -86,7 +84,7 @@ def test_rows_begin_anywhere(dtype: torch.dtype, offset: int, stride: int | None
 
 @pytest.mark.parametrize("v", [20_001, 152_064])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_in_place_and_nothing_beside_the_rows(dtype: torch.dtype, v: int, one_read: bool) -> None:
+def test_in_place_and_nothing_beside_the_rows(dtype: torch.dtype, v: int, blocks: int) -> None:
     z, targets = batch(40, v, dtype, offset=3, stride=v + 5)
     tokens, beside = tokens_for(40), outputs(z, targets, tokens_for(40))
     out = from_logits(z.detach().requires_grad_(), targets, tokens, GRPO, inplace=True, backend="cuda")
@@ -98,7 +96,7 @@ def test_in_place_and_nothing_beside_the_rows(dtype: torch.dtype, v: int, one_re
 
 @pytest.mark.parametrize("v", [16_500, 60_001, 151_936])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_many_rows_give_the_same_bits_every_time(dtype: torch.dtype, v: int, one_read: bool) -> None:
+def test_many_rows_give_the_same_bits_every_time(dtype: torch.dtype, v: int, blocks: int) -> None:
     """More rows than clusters times stages, so that every barrier is used again and again; some rows do not count."""
     n = 1500
     z, targets = batch(n, v, dtype)
@@ -123,15 +121,16 @@ def test_reading_once_and_twice_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
     z, targets = batch(64, 151_936, torch.bfloat16)
     found = []
-    for one_read in (True, False):
-        monkeypatch.setattr(rows_cuda, "ONE_READ", one_read)
+    for blocks in (2, 1, 0):
+        monkeypatch.setattr(rows_cuda, "BLOCKS_PER_MULTIPROCESSOR", blocks)
         found.append(outputs(z, targets, tokens_for(64)))
-    for a, b in zip(*found, strict=True):
-        assert relative_error(a, b) < 2**-8
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert relative_error(a, b) < 2**-8
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bad_numbers_are_loud(dtype: torch.dtype, one_read: bool) -> None:
+def test_bad_numbers_are_loud(dtype: torch.dtype, blocks: int) -> None:
     for bad, column in itertools.product((float("nan"), float("inf")), (0, 5, 33_002)):
         z, targets = batch(3, 33_003, dtype)
         z[1, column] = bad
@@ -141,7 +140,7 @@ def test_bad_numbers_are_loud(dtype: torch.dtype, one_read: bool) -> None:
         assert gradient.isnan().any(dim=1).tolist() == [False, True, False]
 
 
-def test_a_cuda_graph_replays_it(one_read: bool) -> None:
+def test_a_cuda_graph_replays_it(blocks: int) -> None:
     z, targets = batch(300, 33_001, torch.bfloat16)
     tokens = TokenBatch(torch.ones(300, device="cuda"))
     wanted = outputs(z, targets, tokens)

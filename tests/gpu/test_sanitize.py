@@ -50,7 +50,8 @@ def test_around_packed_rows(d: int) -> None:
     features = torch.randn(6, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     ids, index = torch.randint(50, (30,), device="cuda"), torch.arange(30, device="cuda") % 9 - 3
     x = embed.pack_embeddings(ids, table, features, index.clamp(min=-1), backend="cuda")
-    gather_rows(x, torch.arange(40, device="cuda") % 30, backend="cuda").float().square().sum().backward()
+    repeats = torch.cat([torch.arange(40, device="cuda") % 30, torch.full((70,), 3, device="cuda")])  # one long sum
+    gather_rows(x, repeats, backend="cuda").float().square().sum().backward()
     head = 2 * (d // 2)
     key, value = torch.randn(2, 30, 2, head, device="cuda", dtype=torch.bfloat16, requires_grad=True).unbind()
     rows = prefix.KVRows(torch.arange(45, device="cuda") % 30, 30)

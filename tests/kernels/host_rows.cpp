@@ -75,8 +75,8 @@ void row_pass(int from, int to, void* logits, void* out, int V, int target, int 
     choose<float, float>(r, statistics);
 }
 
-void cluster_plan(int V, int element_bytes, int shared_bytes, int* plan) {
-    const ClusterPlan p = plan_cluster(V, element_bytes, shared_bytes);
+void cluster_plan(int V, int element_bytes, int half, int whole, int* plan) {
+    const ClusterPlan p = plan_cluster(V, element_bytes, half, whole);
     plan[0] = p.blocks, plan[1] = p.stages, plan[2] = p.packs;
 }
 

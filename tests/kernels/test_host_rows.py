@@ -152,6 +152,31 @@ def test_transform_and_bias_as_in_the_reference(
     assert relative_error(out, wide.gradient(c, e)[0]) < 2e-6
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 1.45, 1.5, 1.9, 2.0, 2.7, 3.0, 5.3, 7.0, 20.0, 1000.0])
+def test_columns_that_cannot_be_drawn(host: ctypes.CDLL, temperature: float, dtype: torch.dtype) -> None:
+    """Minus infinity in whole packs, at temperatures on both sides of those that bring its stand-in nearer to 0."""
+    for threads, hidden in itertools.product((32, 512), (slice(64, 72), slice(0, 4800), slice(200, 5000))):
+        z, target = logits_of("plain", 5000, dtype)
+        z[hidden], target = -float("inf"), 100 if hidden.start == 64 else (4900 if hidden.start == 0 else 7)
+        out = torch.empty_like(z)
+        c, e = 1000 * temperature, 500 * temperature  # so that no gradient underflows
+        logp, entropy = row_pass(host, z, out, target, c, e, 1, threads, temperature)
+        wanted = exact(z.double() / temperature, target, c, e)
+        assert abs(logp - wanted[0]) < 1e-5 * (1 + abs(wanted[0]))
+        assert abs(entropy - wanted[1]) < 1e-5
+        assert relative_error(out, wanted[2] / temperature) < max(torch.finfo(dtype).eps, 1e-5)
+
+
+def test_nothing_can_be_drawn(host: ctypes.CDLL) -> None:
+    for dtype, temperature in itertools.product(KINDS, (0.5, 1.0, 3.0)):
+        z = torch.full((1003,), -float("inf"), dtype=dtype)
+        out = torch.zeros_like(z)
+        _, entropy = row_pass(host, z, out, 5, 1.0, 0.5, temperature=temperature)
+        assert entropy != entropy
+        assert out.isnan().any()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("column", [0, 4, 500])
 def test_what_is_not_finite_is_loud(host: ctypes.CDLL, column: int, bad: float) -> None:
@@ -178,29 +203,33 @@ def test_conversions_are_those_of_torch(host: ctypes.CDLL) -> None:
         assert torch.equal(narrow, x.to(dtype))
 
 
-# What fits into the shared memory of a cluster: 227 KiB a block on Hopper, less what the kernel itself has.
-SHARED = 227 * 1024 - 4224
+# Shared memory of a block alone on one of Hopper's multiprocessors, and of one of two, less what the kernel itself has.
+WHOLE, HALF = 227 * 1024 - 4224, (228 * 1024 // 2 - 1024) - 4224
 
 
 @pytest.mark.parametrize(
-    ("v", "bytes_each", "blocks", "stages"),
-    [
-        (151_936, 2, 4, 2),
-        (152_064, 2, 4, 2),
-        (248_320, 2, 8, 2),
-        (151_936, 4, 8, 2),
-        (248_320, 4, 8, 1),
-        (32_000, 2, 1, 2),
-        (1000, 2, 0, 0),  # short rows stay in the first cache
-        (1_000_000, 4, 0, 0),  # eight blocks cannot hold it
+    ("v", "bytes_each", "two", "one"),
+    [  # blocks and stages of the cluster: with two blocks on a multiprocessor, with one
+        (151_936, 2, (8, 2), (4, 2)),
+        (152_064, 2, (8, 2), (4, 2)),
+        (248_320, 2, (8, 2), (8, 2)),
+        (151_936, 4, (8, 2), (8, 2)),
+        (248_320, 4, (8, 1), (8, 1)),
+        (32_000, 2, (2, 2), (1, 2)),
+        (1000, 2, (0, 0), (0, 0)),  # short rows stay in the first cache
+        (1_000_000, 4, (0, 0), (0, 0)),  # eight blocks cannot hold it
     ],
 )
-def test_the_row_is_laid_into_a_cluster(host: ctypes.CDLL, v: int, bytes_each: int, blocks: int, stages: int) -> None:
+def test_the_row_is_laid_into_a_cluster(
+    host: ctypes.CDLL, v: int, bytes_each: int, two: tuple[int, int], one: tuple[int, int]
+) -> None:
     plan = (ctypes.c_int * 3)()
-    host.cluster_plan(v, bytes_each, SHARED, plan)
-    assert (plan[0], plan[1]) == (blocks, stages)
-    assert plan[2] * 16 * stages <= SHARED
-    assert plan[2] * blocks * 16 >= (v * bytes_each // 16 * 16 if blocks else 0)
+    for half, wanted in ((HALF, two), (0, one)):
+        host.cluster_plan(v, bytes_each, half, WHOLE, plan)
+        blocks, stages, packs = plan
+        assert (blocks, stages) == wanted
+        assert packs * 16 * stages <= WHOLE
+        assert packs * blocks * 16 >= (v * bytes_each // 16 * 16 if blocks else 0)
 
 
 # The objective

@@ -11,12 +11,10 @@ import torch
 
 import revisual_fast.cli
 from bench import __main__ as command
-from bench import checks, counts, harness, machine, peers
+from bench import checks, counts, harness, machine, problems
 from bench.harness import Bench, Call, Case, DeviceLost, Problem, Variant
-from bench.inputs import OBJECTIVE, clip_loss, distinct_kept, make_inputs, reference
-from bench.plain import WIDE
+from bench.inputs import make_inputs
 from bench.problems import OPS, cases
-from tests.numerics import naive_logprob, naive_policy_loss
 
 CASE = Case("linear_policy_loss", 16, 8, 40)
 ANSWER = torch.arange(1, 9, dtype=torch.float64)
@@ -151,6 +149,32 @@ def test_past_the_deadline_a_few_rounds_are_timed():
     assert rows["eager"]["rounds"] == harness.MIN_ROUNDS
 
 
+def test_what_compiles_for_long_comes_last_and_is_left_out_past_the_deadline():
+    order = []
+
+    def noting(name, **fields):
+        def setup():
+            order.append(name)
+            return Call(lambda: {"y": ANSWER})
+
+        return Variant(name, "peer", setup, **fields)
+
+    absent = Variant("absent", "peer", reason="needs CUDA", slow_start=True)
+    variants = [noting("slow", slow_start=True), absent, noting("quick")]
+    rows, _ = rows_of(*variants)
+    assert order == ["quick", "slow"]
+    assert list(rows) == ["eager", "slow", "absent", "quick"]
+    rows, _ = rows_of(*variants, deadline=0.0)
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "eager": "ok",
+        "slow": "left out",
+        "absent": "unavailable",
+        "quick": "ok",
+    }
+    assert "--budget" in rows["slow"]["reason"]
+    assert order == ["quick", "slow", "quick"]
+
+
 def test_a_broken_device_ends_the_run(monkeypatch):
     def lost():
         raise RuntimeError("an illegal memory access was encountered")
@@ -204,6 +228,10 @@ def test_flops_and_bytes():
     assert counts.advantages_bytes(10, 2) == 80 + 24
     assert counts.pad_bytes(10) == 130
     assert counts.gather_bytes(4, 3, 6, 2) == 2 * 6 * (3 + 4 + 4 + 4) + 32
+    assert counts.statistics_bytes(n, v, 2) == 2 * n * v + 16 * n, "2 bytes a bf16 logit"
+    assert counts.embeddings_bytes(8, 5, 2, 6, 10, 2) == 2 * 6 * (5 + 2 + 8 + 8 + 2 + 10) + 16 * 8
+    assert counts.kv_bytes(4, 9, 6, 2) == 2 * (2 * 6 * (4 + 9)) * 2 + 8 * 9
+    assert counts.mrope_bytes(4, 6, 2) == 2 * (2 * 2 * 4 * 6 + 8 * 3 * 4)
     assert counts.floor_seconds(100, 10, 10.0, 100.0) == 10
     assert counts.floor_seconds(0, 10, None, 5.0) == 2
 
@@ -216,57 +244,6 @@ def test_the_loss_is_bounded_by_what_an_error_of_logp_can_do():
     assert allowed == {"loss": 0.12, "d": checks.ROUNDING}
     allowed = checks.allowed_errors(["loss", "logp", "d"], {"logp": 0.06, "d": 0.1}, {"logp": 0.01, "d": 0.02})
     assert allowed == {"loss": 0.02, "logp": 0.02, "d": 0.2}, "gradients keep their own yardstick"
-
-
-def test_fp32_logits_are_held_against_fp32_logits():
-    """From bf16 hidden states: the customary bound would let bf16 logits pass for fp32 ones."""
-    case = Case("linear_policy_loss", 64, 32, 200, "bfloat16")
-    variants = {v.name: v for v in OPS["linear_policy_loss"](case).variants}
-    assert variants["revisual-fast torch"].yardsticks == ("eager", WIDE)
-    assert variants["revisual-fast torch, bf16 logits"].yardsticks == ("eager", "eager")
-    assert variants[WIDE].yardsticks == ("eager", WIDE)
-    x = make_inputs(case)
-    answer = reference(x, clip_loss(x))
-    names = ("eager", WIDE, "revisual-fast torch")
-    errors = {name: checks.errors_of(variants[name].setup().run(), answer) for name in names}
-    assert errors[WIDE]["logp"] < errors["eager"]["logp"] / 100
-    allowed = checks.allowed_errors(list(errors[WIDE]), errors["eager"], errors[WIDE])
-    assert all(errors["revisual-fast torch"][name] <= allowed[name] for name in allowed)
-    assert all(errors[WIDE][name] <= 2 * errors["eager"][name] for name in ("d_hidden", "d_weight"))
-
-
-@pytest.mark.parametrize("op", ["linear_policy_loss", "policy_loss_from_logits"])
-def test_the_reference_is_the_objective(op):
-    """Against the naive loss of the tests, token by token, and autograd."""
-    x = make_inputs(Case(op, 16, 8 if op.startswith("linear") else 0, 40, "float64"))
-    found = reference(x, clip_loss(x))
-    if x.logits is None:
-        hidden, weight = x.head
-    else:
-        hidden, weight = x.logits, torch.eye(40, dtype=torch.float64)
-    logp, entropy = naive_logprob(hidden, weight, x.targets)
-    loss = naive_policy_loss(logp, entropy, x.tokens, OBJECTIVE)
-    torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(found["entropy"], entropy.detach())
-    name = "d_hidden" if x.logits is None else "d_logits"
-    torch.testing.assert_close(found[name], torch.autograd.grad(loss, [hidden])[0], rtol=1e-6, atol=1e-12)
-
-
-def test_no_row_is_near_a_bound_and_few_are_clipped():
-    x = make_inputs(Case("linear_policy_loss", 4096, 8, 40))
-    logp = reference(x, clip_loss(x))["logp"]
-    ratio = (logp - x.old_logp).exp()
-    distance = torch.minimum((ratio - 0.8).abs(), (ratio - 1.2).abs())
-    assert distance.min() > 0.05
-    clipped = ((ratio > 1.2) & (x.advantages > 0)) | ((ratio < 0.8) & (x.advantages < 0))
-    assert 0 < clipped.float().mean() < 0.03, "no variant gains from skipping rows"
-
-
-def test_the_kept_set_has_every_id_once_and_the_target():
-    x = make_inputs(Case("sampling_mask_replay", 64, 8, 200))
-    assert (x.kept == x.targets[:, None]).any(1).all()
-    assert all(len(row.unique()) == len(row) for row in x.kept)
-    assert distinct_kept(x) == len(set(x.kept.flatten().tolist())) < x.kept.numel()
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +301,11 @@ def test_peak_memory_on_the_cpu():
 
 def test_cases_of_a_suite():
     assert {case.op for case in cases("gpu")} == set(OPS)
+    assert all(list(shapes) == list(OPS) for shapes in problems.SHAPES.values())
+    assert (cases("gpu")[-1].op, cases("gpu")[-1].d) == ("linear_policy_loss", 2048), (
+        "second shapes after all first ones"
+    )
+    assert problems.reserve(cases("gpu")) < command.BUDGET["gpu"]
     assert all(case.device == "cuda" for case in cases("gpu"))
     asked = {(case.n, case.d, case.v, case.dtype) for case in cases("cpu") if case.op == "linear_policy_loss"}
     assert asked == {(2048, 512, 32000, "float32"), (2048, 512, 32000, "bfloat16")}
@@ -336,25 +318,10 @@ def test_cases_of_a_suite():
         cases("cpu", ["group_advantages"], (12, 8, 40))
     with pytest.raises(ValueError, match="at least 16"):
         cases("cpu", ["sampling_mask_replay"], (16, 8, 15))
+    with pytest.raises(ValueError, match="D must be even"):
+        cases("cpu", ["mrope"], (16, 7, 40))
     with pytest.raises(ValueError, match=r"no case of linear_cross_entropy.*--shape"):
         cases("cpu", ["linear_cross_entropy"])
-
-
-def test_no_variant_of_a_backend_that_this_version_lacks():
-    assert not any("cuda" in v.name for v in OPS["linear_policy_loss"](CASE).variants)
-
-
-def test_peers_run_in_the_settings_they_recommend():
-    pytest.importorskip("liger_kernel")
-    x = make_inputs(CASE)
-    names = [v.name for v in peers.liger_linear_grpo(CASE, x)]
-    assert names == ["Liger fused linear GRPO", "Liger fused linear GRPO, one chunk"]
-    on_cuda = Case("linear_policy_loss", 16, 8, 40, "bfloat16", "cuda")
-    assert peers.liger_linear_grpo(on_cuda, x)[-1].name.endswith("TF32")
-    before = torch.backends.cuda.matmul.allow_tf32
-    with peers.allow_tf32(True):
-        assert torch.backends.cuda.matmul.allow_tf32
-    assert torch.backends.cuda.matmul.allow_tf32 == before, "the yardstick keeps what was set"
 
 
 def test_a_case_that_fails_is_a_line_and_the_others_go_on(monkeypatch, tmp_path, capsys):
@@ -363,12 +330,33 @@ def test_a_case_that_fails_is_a_line_and_the_others_go_on(monkeypatch, tmp_path,
 
     monkeypatch.setitem(command.OPS, "linear_logprob", fail)
     arguments = ["--suite", "cpu", "--op", "linear_logprob", "--op", "gather_rows", "--dtype", "float32"]
-    arguments += ["--shape", "16,8,40", "--rounds", "5", "--budget", "0", "--out", str(tmp_path)]
+    arguments += ["--shape", "16,8,40", "--rounds", "5", "--out", str(tmp_path)]
     assert command.main(arguments) == 1
     said = capsys.readouterr().out
     assert "the case failed: MemoryError: no room" in said
-    assert "--budget: 3 rounds instead of 5" in said
     assert [path.name for path in tmp_path.glob("*/*")] == ["gather_rows.jsonl"]
+
+
+def test_a_budget_is_kept(monkeypatch, tmp_path, capsys):
+    """Time is kept for cases to come, in fewer rounds; what has not begun by its end is left out, and named."""
+    clock = iter([0.0, 0.0, 100.0, 110.0])  # start, before each of two cases, end
+    monkeypatch.setattr(
+        command, "_measured", lambda case, head, rounds, deadline, out: deadlines.append(deadline) or True
+    )
+    monkeypatch.setattr(command.time, "perf_counter", lambda: next(clock))
+    deadlines = []
+    arguments = ["--suite", "cpu", "--shape", "16,8,40", "--dtype", "float32", "--budget", "60"]
+    ops = ["gather_rows", "linear_logprob", "mrope"]
+    assert command.main([*arguments, *(f"--op={op}" for op in ops)]) == 0
+    assert deadlines == [60.0 - sum(problems.RESERVE.values())]
+    said = capsys.readouterr().out
+    assert "left out: linear_logprob  N=16 D=8 V=40 float32; mrope  N=16 D=8 V=0 float32" in said
+
+
+def test_past_its_deadline_a_case_says_so(tmp_path, capsys):
+    (case,) = cases("cpu", ["gather_rows"], (16, 8, 40), ["float32"])
+    assert command._measured(case, harness.stamp("cpu", "cpu"), 5, 0.0, tmp_path)
+    assert "--budget: 3 rounds instead of 5" in capsys.readouterr().out
 
 
 def test_a_lost_device_stops_the_command(monkeypatch, capsys):

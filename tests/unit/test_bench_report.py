@@ -1,5 +1,7 @@
 """RESULTS.md: ratios within a run, the fastest baseline first, and nothing that was not measured."""
 
+import pytest
+
 from bench import harness, machine, report
 from bench.targets import MISSING, targets
 
@@ -87,10 +89,10 @@ def test_targets_are_reached_missed_or_not_measured():
     assert cpu[1].measured.startswith("against eager: 0.200 (revisual-fast torch); fastest")
     assert cpu[1].measured.endswith("Liger fused linear GRPO, 0.200 of its memory")
     rest = [target for target in found if target not in cpu]
-    assert len(rest) == 8
+    assert len(rest) == 12
     assert {target.measured for target in rest} == {MISSING}
     text = report.results(CPU_ROWS, {})
-    assert text.count("| not measured |") == 8
+    assert text.count("| not measured |") == 12
     assert "Nothing here has been measured on a GPU" in text
 
 
@@ -128,10 +130,47 @@ def test_targets_on_a_hopper_card():
         row("torch.compile", 1.1, shape=shape, **here),
         row("cut-cross-entropy, no filter", 1.3, "peer", shape=shape, **here),
     ]
-    verdicts = {target.text: target.verdict for target in targets(rows) if "Hopper" in target.text}
-    assert list(verdicts.values()) == ["reached", "reached", "", "missed"]
+    verdicts = {target.text: target.verdict for target in targets(rows) if "D=3584" in target.text}
+    assert list(verdicts.values()) == ["reached", "reached", "missed"]
     measured = [target.measured for target in targets(rows) if "identical" in target.text]
     assert measured == ["2.0e-05 (revisual-fast triton); against float64 log-probs: 3.0e-05"]
+
+
+@pytest.mark.parametrize(
+    ("op", "liger", "wanted"),
+    [
+        ("policy_loss_from_logits", "Liger Triton GRPO", ["1.3x Liger", "90% of the copy", "1.5x Liger"]),
+        ("policy_loss_from_logits_gspo", "Liger Triton GSPO", ["2x Liger"]),
+        ("logits_statistics", "Liger fused_selective_log_softmax", ["90% of the copy"]),
+    ],
+)
+def test_targets_of_logits_on_a_hopper_card(op, liger, wanted):
+    here = {"device": "NVIDIA H200", "kind": "cuda", "dtype": "bfloat16", "shape": (8192, 0, 151936)}
+
+    def found(median, share):
+        rows = [
+            row("revisual-fast cuda", median, "ours", of_copy=share, **here),
+            row("revisual-fast cuda, read twice", 1.0, "ours", of_copy=0.6, **here),
+            row("revisual-fast triton", 2.0, "ours", of_copy=0.3, **here),
+            row("eager", 3.0, of_copy=0.1, **here),
+            row(liger, 1.0, "peer", of_copy=0.2, outputs=["d_logits"], **here),
+        ]
+        for each in rows:
+            each["case"]["op"] = op
+        return [target for target in targets(rows) if target.measured != MISSING]
+
+    good, bad = found(0.5, 0.91), found(0.7, 0.89)
+    assert [what in target.text for what, target in zip(wanted, good, strict=True)] == [True] * len(wanted)
+    assert [target.verdict for target in good] == ["reached"] * len(wanted)
+    assert [target.verdict for target in bad] == ["reached" if "1.3x" in what else "missed" for what in wanted]
+    shares = [target.measured for target in good if "copy" in target.text]
+    says = "91.0% (revisual-fast cuda); read twice: 60.0%; fastest baseline with the same outputs: eager, 10.0%"
+    assert shares == [says] * len(shares)
+
+
+def test_what_was_left_out_stands_below_the_table():
+    left = row("torch.compile", 0.0, status="left out", reason="the time of --budget was used up before it")
+    assert report.table([row("eager", 1.0), left]).splitlines()[-1].startswith("| torch.compile | left out: the time")
 
 
 def test_report_and_picture_are_written(tmp_path):
@@ -145,4 +184,4 @@ def test_report_and_picture_are_written(tmp_path):
 
 def test_results_without_a_measurement(tmp_path):
     (path,) = report.write(tmp_path, tmp_path)
-    assert path.read_text().count("| not measured |") == 12
+    assert path.read_text().count("| not measured |") == 16
