@@ -15,12 +15,11 @@ import torch
 from bench import machine
 from bench.checks import failures, said
 from bench.harness import Case, DeviceLost, append, measure, release_or_lost, stamp
-from bench.problems import DTYPES, OPS, cases
+from bench.problems import DTYPES, OPS, cases, reserve
 
 RESULTS = machine.ROOT / "bench" / "results"
 ROUNDS = {"cpu": 5, "gpu": 20}
 BUDGET = {"cpu": None, "gpu": 460.0}  # seconds
-RESERVE = 20.0  # seconds of the budget that are kept for each case to come
 WARMUP = {"cpu": 0, "gpu": 3}
 
 
@@ -42,12 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         free = f"{head['threads']} of {os.cpu_count()} cores"
         print(f"The CPU suite keeps {free} busy: nothing else may run beside it. OMP_NUM_THREADS sets the number.")
     budget = BUDGET[suite] if options.budget is None else options.budget
-    good = True
-    for left, case in zip(range(len(todo) - 1, -1, -1), todo, strict=True):
-        deadline = None if budget is None else start + budget - left * RESERVE
+    good, end = True, None if budget is None else start + budget
+    for index, case in enumerate(todo):
+        if end is not None and time.perf_counter() + reserve([case]) > end:
+            print(f"\n--budget does not reach further; left out: {'; '.join(_title(case) for case in todo[index:])}")
+            break
+        deadline = None if end is None else end - reserve(todo[index + 1 :])
         try:
             good &= _measured(case, head, options.rounds or ROUNDS[suite], deadline, options.out)
         except DeviceLost as error:
+            left = len(todo) - index - 1
             print(f"\n{_title(case)}\n  stopped: {error}. {left} cases are left; run them with --op.", flush=True)
             return 1
     print(f"{time.perf_counter() - start:.0f} s in all")
@@ -82,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", action="append", default=[], choices=names, help="may be repeated")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
     parser.add_argument("--rounds", type=int, metavar="n", help="timed calls a variant; default 5 (CPU), 20 (GPU)")
-    seconds = "time for the whole run: cases that would end later get fewer rounds; default 460 (GPU), none (CPU)"
+    seconds = "time for the whole run: towards its end fewer rounds, no more compiling; default 460 (GPU), none (CPU)"
     parser.add_argument("--budget", type=float, metavar="seconds", help=seconds)
     return parser
 

@@ -27,6 +27,11 @@ def logits_bytes(n: int, v: int, itemsize: int, vectors: int = 4) -> int:
     return 2 * itemsize * n * v + n * (INT64 + vectors * FP32)
 
 
+def statistics_bytes(n: int, v: int, itemsize: int) -> int:
+    """logits ``[N, V]`` and targets in, fp32 log-prob and entropy out: 2 bytes a bf16 logit."""
+    return itemsize * n * v + n * (INT64 + 2 * FP32)
+
+
 def replay_flops(n: int, d: int, kept: int) -> int:
     """6 K N D: the three products over the kept columns only."""
     return head_flops(n, d, kept)
@@ -51,6 +56,22 @@ def pad_bytes(n: int) -> int:
 def gather_bytes(n: int, distinct: int, d: int, itemsize: int) -> int:
     """The distinct rows read, N rows written; N rows of gradient read, a dense gradient of N rows written."""
     return itemsize * d * (distinct + 3 * n) + n * INT64
+
+
+def embeddings_bytes(n: int, distinct: int, features: int, d: int, v: int, itemsize: int) -> int:
+    """``distinct`` rows of a table of V and all features read, N rows written; N rows of gradient read, the features'
+    and a dense table's written; two int64 a row."""
+    return itemsize * d * (distinct + features + 2 * n + features + v) + 2 * INT64 * n
+
+
+def kv_bytes(n: int, gathered: int, d: int, itemsize: int) -> int:
+    """Key and value of N rows read and of ``gathered`` rows written, and the same for the gradients the other way."""
+    return 2 * 2 * itemsize * d * (n + gathered) + INT64 * gathered
+
+
+def mrope_bytes(n: int, width: int, itemsize: int) -> int:
+    """q and k, ``width`` elements a row in all, read and written, and likewise their gradients; positions, twice."""
+    return 4 * itemsize * n * width + 2 * 3 * INT64 * n
 
 
 def floor_seconds(flops: int, n_bytes: int, flops_per_s: float | None, bytes_per_s: float) -> float:

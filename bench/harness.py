@@ -3,7 +3,8 @@
 A case goes through: inputs and a float64 reference, one call of every variant whose outputs are held against it, one
 call under the memory gauge, then rounds in which every variant that passed is called once, the order rotated from round
 to round. The two first calls are the warm-up; ``warmup`` adds rounds that are not timed. A variant that fails its
-check, or fails later, gets a row that says so, without a time.
+check, or fails later, gets a row that says so, without a time. What has much to compile is checked after the others,
+and left out if the deadline has passed by then.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Variant:
     values_yardstick: str = ""  # another one for loss, logp and entropy
     flops: int | None = None  # what it does by design; None = what the op needs
     extra: Callable[[Outputs, Outputs], dict[str, float]] | None = None  # (outputs, reference) -> more figures
+    slow_start: bool = False  # its first call compiles or tunes for long
 
     def __post_init__(self) -> None:
         assert self.role in ROLES
@@ -140,9 +142,13 @@ class Bench:
 
     def _check(self) -> None:
         reference, plain = self.problem.reference(), {}  # type: Outputs, dict[str, dict[str, float]]
-        for variant in self.problem.variants:
-            self.rows[variant.name] = self._empty_row(variant)
-            if variant.setup is not None:
+        self.rows = {variant.name: self._empty_row(variant) for variant in self.problem.variants}
+        for variant in sorted(self.problem.variants, key=lambda variant: variant.slow_start):
+            if variant.setup is None:
+                continue
+            if variant.slow_start and self._late():
+                self.rows[variant.name].update(status="left out", reason="the time of --budget was used up before it")
+            else:
                 with self._drop_if_it_fails(variant.name):
                     plain[variant.name] = self._errors(variant, variant.setup(), reference)
         for variant in self.problem.variants:

@@ -56,6 +56,12 @@ class Inputs:
         return TokenBatch(self.advantages, old_logp=self.old_logp)
 
     @property
+    def sequences(self) -> TokenBatch:
+        """``tokens`` with the bounds of the completions, which lie on the CPU, where packing leaves them."""
+        n = len(self.targets)
+        return replace(self.tokens, cu_seqlens=torch.arange(0, n + 1, n // SEQUENCES, dtype=torch.int32))
+
+    @property
     def sampling_mask(self) -> tuple[Tensor, Tensor]:
         """The kept ids in CSR: ``(indptr [N + 1], indices [N KEPT])``."""
         assert self.kept is not None
@@ -64,17 +70,28 @@ class Inputs:
 
 
 OBJECTIVE = PolicyObjective(clip_low=CLIP, clip_high=CLIP, aggregation="token_mean")
+SEQUENCE_OBJECTIVE = replace(OBJECTIVE, level="sequence")
+"""GSPO's, but for its clip range of some 1e-4: in that most sequences would be clipped, and could be skipped."""
 
 
 def clip_loss(inputs: Inputs) -> LossOf:
-    """The same objective, written out in torch (arXiv 1707.06347)."""
+    """``OBJECTIVE``, written out in torch (arXiv 1707.06347)."""
+    return lambda logp: _clipped((logp - inputs.old_logp).exp(), inputs.advantages)
+
+
+def sequence_clip_loss(inputs: Inputs) -> LossOf:
+    """``SEQUENCE_OBJECTIVE``: the ratio is the geometric mean over a completion (arXiv 2507.18071, eq. 7)."""
 
     def loss(logp: Tensor) -> Tensor:
-        ratio = (logp - inputs.old_logp).exp()
-        clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
-        return -torch.minimum(ratio * inputs.advantages, clipped * inputs.advantages).mean()
+        log_ratio = (logp - inputs.old_logp).view(SEQUENCES, -1)
+        ratio = log_ratio.mean(1, keepdim=True).exp().expand_as(log_ratio)
+        return _clipped(ratio.reshape(-1), inputs.advantages)
 
     return loss
+
+
+def _clipped(ratio: Tensor, advantages: Tensor) -> Tensor:
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages).mean()
 
 
 def cross_entropy(inputs: Inputs) -> LossOf:
@@ -158,6 +175,19 @@ def logp_reference(x: Inputs) -> Tensor:
     return torch.cat(picked)
 
 
+@torch.no_grad()
+def statistics_reference(x: Inputs) -> Outputs:
+    """logp and entropy, ``[N]`` float64."""
+    weight = _wide_weight(x)
+    entropies = [_entropy(log_p, log_p.exp()) for log_p in (_log_p(x, rows, weight) for rows in _chunks(x))]
+    return {"logp": logp_reference(x), "entropy": torch.cat(entropies)}
+
+
+def _entropy(log_p: Tensor, p: Tensor) -> Tensor:
+    """``[n]``; zeros are written into ``log_p`` where ``p`` is 0."""
+    return -(p * log_p.masked_fill_(p == 0, 0)).sum(-1)
+
+
 def reference(x: Inputs, loss_of: LossOf, entropy: bool = True) -> Outputs:
     """Loss, logp, entropy, ``c = dL/dlogp`` and the gradients in float64, in chunks of rows, from the definition."""
     logp = logp_reference(x).requires_grad_()
@@ -173,7 +203,7 @@ def reference(x: Inputs, loss_of: LossOf, entropy: bool = True) -> Outputs:
     for rows in _chunks(x):
         log_p = _log_p(x, rows, weight)
         p = log_p.exp()
-        entropies.append(-(p * log_p.masked_fill_(p == 0, 0)).sum(-1))
+        entropies.append(_entropy(log_p, p))
         dz = p.mul_(-c[rows, None]).scatter_add_(1, x.targets[rows, None], c[rows, None])
         if weight is None:
             out["d_logits"][rows] = dz

@@ -23,6 +23,7 @@ PACKAGES = [
 ]
 GENERATED = (":!bench/results", ":!RESULTS.md", ":!docs/roofline-*")
 FLUSH_BYTES = 512 << 20  # written before a timed call on CUDA; several times any L2 cache
+FLUSHES = 8  # together about a millisecond, in which the host queues what a short call launches
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 RESET_PEAK = "5"  # what /proc/<pid>/clear_refs takes to reset the peak resident set, man 5 proc
 
@@ -118,7 +119,8 @@ class CpuClock:
 
 
 class CudaClock:
-    """CUDA events after a flush of the L2 cache, and the caching allocator's peak."""
+    """CUDA events after a flush of the L2 cache that keeps the device busy while the host queues kernels, so that short
+    calls are not timed by what launching costs; and the caching allocator's peak."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
@@ -126,7 +128,8 @@ class CudaClock:
     def seconds(self, run: Callable[[], Any]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
-        self.flush.zero_()  # also keeps the device busy while the host queues the first kernels
+        for _ in range(FLUSHES):
+            self.flush.zero_()
         start.record()
         out = run()
         end.record()
@@ -160,6 +163,14 @@ def copy_ceiling(device: str) -> tuple[Callable[[], Tensor], int]:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * size
+
+
+def ceilings(case: Any) -> dict[str, tuple[Callable[[], Tensor], int]]:
+    """What bounds a ``harness.Case``: a copy and, with D and V, the products of a head."""
+    found = {"copy": copy_ceiling(case.device)}
+    if case.d and case.v:
+        found["gemm"] = gemm_ceiling(case.n, case.d, case.v, case.torch_dtype, case.device)
+    return found
 
 
 def gemm_ceiling(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> tuple[Callable[[], Tensor], int]:

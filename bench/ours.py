@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -11,8 +14,9 @@ from bench.checks import Outputs
 from bench.harness import Call, Case, Variant
 from bench.inputs import OBJECTIVE, Inputs
 from bench.plain import WIDE, detached, gradients
-from revisual_fast import PolicyObjective, linear_logprob, linear_policy_loss, policy_loss_from_logits
-from revisual_fast.ops import available_backends
+from revisual_fast import PolicyObjective, TokenBatch, linear_logprob, linear_policy_loss, policy_loss_from_logits
+from revisual_fast.kernels.dispatch import backend_problem
+from revisual_fast.ops import BACKENDS, available_backends
 
 NAME = "revisual-fast"
 INTERPRETED = "runs in Triton's interpreter on a CPU, where a time means nothing"
@@ -24,14 +28,20 @@ MakeExtra = Callable[..., Callable[[Outputs, Outputs], dict[str, float]]]
 
 
 def ours(
-    case: Case, op: str, make: Make, settings: dict[str, dict[str, Any]], extra: MakeExtra | None = None
+    case: Case,
+    op: str,
+    make: Make,
+    settings: dict[str, dict[str, Any]],
+    extra: MakeExtra | None = None,
+    backends: Sequence[str] = BACKENDS,
 ) -> list[Variant]:
     """One variant for each backend of ``op`` and each of ``settings``: what its name ends in -> keyword arguments.
 
     From bf16 hidden states to fp32 logits, the default, loss, logp and entropy are held against fp32 logits of torch.
     """
     out = []
-    for backend, reason in _backends(case, op):
+    states = {name: state for name, state in available_backends(op).items() if name in backends}
+    for backend, reason in _reasons(case, states):
         for label, options in settings.items():
             setup = None if reason else make(backend=backend, **options)
             more = extra(backend=backend, **options) if extra else None
@@ -40,9 +50,19 @@ def ours(
     return out
 
 
-def _backends(case: Case, op: str) -> Iterator[tuple[str, str]]:
-    """Backend and, if it cannot be timed here, the reason; not those that this version does not have."""
-    for backend, state in available_backends(op).items():
+def by_device(
+    case: Case, make: Callable[[str], Callable[[], Call]], note: str = "", backends: Sequence[str] = BACKENDS
+) -> list[Variant]:
+    """One variant for each backend, of an op that takes one everywhere its kernels run; ``make(backend) -> setup``."""
+    device = torch.device(case.device)
+    states = {backend: backend_problem(backend, device) or "yes" for backend in backends}
+    reasons = _reasons(case, states)
+    return [Variant(f"{NAME} {name}", "ours", None if why else make(name), why, note) for name, why in reasons]
+
+
+def _reasons(case: Case, states: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Backend and, if it cannot be timed here, the reason; not the kernels that have not been built."""
+    for backend, state in states.items():
         if state.startswith("not built"):
             continue
         if state != "yes":
@@ -84,23 +104,44 @@ def linear_values(x: Inputs, loss_of: Callable[..., Any]) -> Make:
     return make
 
 
-def loss_from_logits(x: Inputs) -> Make:
-    """In place, the logits are brought back before every call."""
+def loss_from_logits(x: Inputs, objective: PolicyObjective, tokens: TokenBatch) -> Make:
+    """In place, the logits are brought back before every call. Without ``one_read``, a setting of the cuda backend, the
+    loss reads each row twice instead of keeping it in the shared memory of a cluster."""
     assert x.logits is not None
     logits = x.logits
 
-    def make(inplace: bool, **options: Any) -> Callable[[], Call]:
+    def make(inplace: bool, one_read: bool = True, **options: Any) -> Callable[[], Call]:
         def setup() -> Call:
             own = logits.detach().clone().requires_grad_() if inplace else logits
 
             def run() -> Outputs:
-                out = policy_loss_from_logits(own, x.targets, x.tokens, OBJECTIVE, inplace=inplace, **options)
+                with nullcontext() if one_read else _reading_twice():
+                    out = policy_loss_from_logits(own, x.targets, tokens, objective, inplace=inplace, **options)
                 (d_logits,) = torch.autograd.grad(out.loss, [own])
                 return detached(loss=out.loss, logp=out.logp, entropy=out.entropy, d_logits=d_logits)
 
             return Call(run, (lambda: own.detach().copy_(logits.detach())) if inplace else None)
 
         return setup
+
+    return make
+
+
+def _reading_twice() -> Any:
+    return patch.object(import_module("revisual_fast.kernels.rows_cuda"), "ONE_READ", False)
+
+
+def statistics_of_logits(x: Inputs) -> Make:
+    """Of a loss without gradient only the log-probs and entropies are looked at."""
+    assert x.logits is not None
+    logits = x.logits.detach()
+
+    def make(**options: Any) -> Callable[[], Call]:
+        def run() -> Outputs:
+            out = policy_loss_from_logits(logits, x.targets, x.tokens, OBJECTIVE, **options)
+            return detached(logp=out.logp, entropy=out.entropy)
+
+        return lambda: Call(run)
 
     return make
 

@@ -15,7 +15,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, no_grad
 
 from bench.checks import Outputs
 from bench.counts import head_flops
@@ -26,12 +26,15 @@ from bench.plain import detached, gradients
 TRL_VOCAB_CHUNK = 32768  # what TRL's trainers pass
 TRL = "TRL ChunkedLogProbFunction"
 LIGER_GRPO = "Liger fused linear GRPO"
+LIGER_ROWS, LIGER_SEQUENCES = "Liger Triton GRPO", "Liger Triton GSPO"
+QUACK_CE = "quack cross_entropy_fwd"
+TRL_UTILS, LIGER_OPS, QUACK_OPS = "trl.trainer.utils", "liger_kernel.ops.grpo_loss", "quack.cross_entropy"
 UNTUNED = "untuned for CPUs"
 RECOMPUTES = 4  # products of the head's size: logits twice, dX, dW
 Logprob = Callable[[], tuple[Tensor, Tensor | None]]
 
 
-def _why_not(case: Case, module: str, *, cuda: bool = False, dtypes: Sequence[str] = ()) -> str:
+def why_not(case: Case, module: str, *, cuda: bool = False, dtypes: Sequence[str] = ()) -> str:
     """Empty if the peer can run, else the reason."""
     if cuda and case.device != "cuda":
         return "needs CUDA"
@@ -44,9 +47,17 @@ def _why_not(case: Case, module: str, *, cuda: bool = False, dtypes: Sequence[st
     return ""
 
 
-def _peer(case: Case, name: str, reason: str, setup: Callable[[], Call], note: str = "", products: int = 4) -> Variant:
+def _peer(
+    case: Case,
+    name: str,
+    reason: str,
+    setup: Callable[[], Call],
+    note: str = "",
+    products: int = 4,
+    slow_start: bool = False,
+) -> Variant:
     flops = head_flops(case.n, case.d, case.v, products) if case.d else None
-    return Variant(name, "peer", None if reason else setup, reason, note, flops=flops)
+    return Variant(name, "peer", None if reason else setup, reason, note, flops=flops, slow_start=slow_start)
 
 
 def _from_logprob(x: Inputs, loss_of: LossOf, logprob: Logprob) -> Callable[[], Call]:
@@ -69,7 +80,7 @@ def trl_chunked(case: Case, x: Inputs, loss_of: LossOf) -> list[Variant]:
             return found[0], found[1]
 
         note = UNTUNED if case.device == "cpu" else ""
-        return _peer(case, name, _why_not(case, module), _from_logprob(x, loss_of, logprob), note, RECOMPUTES)
+        return _peer(case, name, why_not(case, module), _from_logprob(x, loss_of, logprob), note, RECOMPUTES)
 
     return [variant(TRL, ("entropy",)), variant(f"{TRL}, no entropy", ())]
 
@@ -78,9 +89,9 @@ def liger_scaled_ce(case: Case, x: Inputs, loss_of: LossOf) -> list[Variant]:
     """With and without its entropy."""
     module = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
     hopper = case.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-    reason = _why_not(case, module)
+    reason = why_not(case, module)
     if hopper and not reason:
-        reason = _why_not(case, "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90", dtypes=["bfloat16"])
+        reason = why_not(case, "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90", dtypes=["bfloat16"])
 
     def variant(name: str, entropy: bool) -> Variant:
         def logprob() -> tuple[Tensor, Tensor | None]:
@@ -89,7 +100,7 @@ def liger_scaled_ce(case: Case, x: Inputs, loss_of: LossOf) -> list[Variant]:
             return (-found[0], found[1]) if entropy else (-found, None)
 
         note = "SM90 kernel" if hopper else "its fallback in torch"
-        return _peer(case, name, reason, _from_logprob(x, loss_of, logprob), note, RECOMPUTES)
+        return _peer(case, name, reason, _from_logprob(x, loss_of, logprob), note, RECOMPUTES, slow_start=hopper)
 
     name = "Liger fused linear scaled CE"
     return [variant(name, True), variant(f"{name}, no entropy", False)]
@@ -98,7 +109,7 @@ def liger_scaled_ce(case: Case, x: Inputs, loss_of: LossOf) -> list[Variant]:
 def cut_cross_entropy(case: Case, x: Inputs, loss_of: LossOf) -> list[Variant]:
     """With its default gradient filter, which drops blocks of small gradients, and without."""
     module = "cut_cross_entropy"
-    reason = _why_not(case, module, cuda=True, dtypes=["bfloat16"])
+    reason = why_not(case, module, cuda=True, dtypes=["bfloat16"])
 
     def variant(name: str, **options: Any) -> Variant:
         def logprob() -> tuple[Tensor, Tensor | None]:
@@ -106,7 +117,7 @@ def cut_cross_entropy(case: Case, x: Inputs, loss_of: LossOf) -> list[Variant]:
             return -linear_cross_entropy(*x.head, x.targets, reduction="none", **options), None
 
         note = "" if reason else f"{version(module)}, CCE_AUTOTUNE={os.environ.get('CCE_AUTOTUNE', '0')}"
-        return _peer(case, name, reason, _from_logprob(x, loss_of, logprob), note, RECOMPUTES)
+        return _peer(case, name, reason, _from_logprob(x, loss_of, logprob), note, RECOMPUTES, slow_start=True)
 
     return [variant("cut-cross-entropy"), variant("cut-cross-entropy, no filter", filter_eps=None)]
 
@@ -114,11 +125,11 @@ def cut_cross_entropy(case: Case, x: Inputs, loss_of: LossOf) -> list[Variant]:
 def liger_linear_grpo(case: Case, x: Inputs) -> list[Variant]:
     """One sequence a chunk, its default, and all in one; on CUDA that also with TF32 for its products in fp32."""
     module = "liger_kernel.chunked_loss"
-    reason = _why_not(case, module)
+    reason = why_not(case, module)
 
     def variant(name: str, note: str = "", tf32: bool = False, **options: Any) -> Variant:
         setup = _liger_linear_grpo(case, x, tf32, options)
-        return _peer(case, name, reason, setup, note, products=RECOMPUTES)
+        return _peer(case, name, reason, setup, note, products=RECOMPUTES, slow_start=True)
 
     out = [variant(LIGER_GRPO)]
     all_in_one: dict[str, Any] = {"chunk_size": SEQUENCES}
@@ -166,8 +177,9 @@ def allow_tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def liger_triton_grpo(case: Case, x: Inputs) -> Variant:
-    """Its logits have one more position a sequence, which it ignores; in place, as is its default."""
+def liger_triton_grpo(case: Case, x: Inputs, level: str = "token") -> Variant:
+    """Its logits have one more position a sequence, which it ignores; in place, as is its default. ``level``: of the
+    ratio, token or sequence."""
     module = "liger_kernel.transformers.grpo_loss"
     batch, length = SEQUENCES, case.n // SEQUENCES
 
@@ -178,6 +190,7 @@ def liger_triton_grpo(case: Case, x: Inputs) -> Variant:
         targets, old = x.targets.view(batch, length), x.old_logp.view(batch, length)
         advantages = x.advantages.view(batch, length)[:, 0].contiguous()
         options = {"temperature": 1.0, "beta": 0.0, "eps_low": CLIP, "eps_high": CLIP, "loss_type": "bnpo"}
+        options["importance_sampling_level"] = level
 
         def run() -> Outputs:
             loss_of = import_module(module).triton_grpo_loss
@@ -187,13 +200,44 @@ def liger_triton_grpo(case: Case, x: Inputs) -> Variant:
 
         return Call(run, lambda: own.detach()[:, :-1].copy_(given))
 
-    return _peer(case, "Liger Triton GRPO", _why_not(case, module, cuda=True), setup)
+    name, note = (LIGER_ROWS, "") if level == "token" else (LIGER_SEQUENCES, f"importance_sampling_level={level!r}")
+    return _peer(case, name, why_not(case, module, cuda=True), setup, note)
+
+
+def logits_statistics(case: Case, x: Inputs) -> list[Variant]:
+    """TRL's log-prob and entropy; Liger's and quack's log-probs alone."""
+    assert x.logits is not None
+    logits, length = x.logits.detach(), case.n // SEQUENCES
+
+    def variant(name: str, module: str, setup: Callable[[], Callable[[], Outputs]], **more: Any) -> Variant:
+        slow_start = name == QUACK_CE
+        return _peer(case, name, why_not(case, module, **more), lambda: Call(no_grad()(setup())), slow_start=slow_start)
+
+    def trl() -> Callable[[], Outputs]:
+        function = import_module(TRL_UTILS).selective_log_softmax_and_entropy
+        return lambda: dict(zip(("logp", "entropy"), function(logits, x.targets), strict=True))
+
+    def liger() -> Callable[[], Outputs]:
+        function = import_module(LIGER_OPS).fused_selective_log_softmax
+        own = logits.new_zeros(SEQUENCES, length + 1, case.v)  # it ignores the last position of a sequence
+        own[:, :-1] = logits.view(SEQUENCES, length, -1)
+        return lambda: {"logp": function(own, x.targets.view(SEQUENCES, length), 1.0)}
+
+    def quack() -> Callable[[], Outputs]:
+        function = import_module(QUACK_OPS).cross_entropy_fwd
+        return lambda: {"logp": -function(logits, x.targets)}
+
+    return [
+        variant("TRL selective_log_softmax_and_entropy", TRL_UTILS, trl),
+        variant("Liger fused_selective_log_softmax", LIGER_OPS, liger, cuda=True),
+        variant(QUACK_CE, QUACK_OPS, quack, cuda=True),
+    ]
 
 
 def liger_linear_ce(case: Case, x: Inputs) -> list[Variant]:
     """With its default, dW added up in the weight's dtype, and with dW added up in fp32."""
     module = "liger_kernel.transformers.fused_linear_cross_entropy"
-    reason = _why_not(case, module, cuda=True)
+    reason = why_not(case, module, cuda=True)
 
     def variant(name: str, **options: Any) -> Variant:
         def setup() -> Call:
@@ -223,5 +267,5 @@ def quack_linear_ce(case: Case, x: Inputs) -> Variant:
 
         return Call(run)
 
-    reason = _why_not(case, module, cuda=True, dtypes=["bfloat16"])
-    return _peer(case, "quack chunked linear CE", reason, setup, products=3)
+    reason = why_not(case, module, cuda=True, dtypes=["bfloat16"])
+    return _peer(case, "quack chunked linear CE", reason, setup, products=3, slow_start=True)

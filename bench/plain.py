@@ -15,6 +15,7 @@ from bench.inputs import Inputs, LossOf
 
 WIDE = "eager, fp32 logits"
 COMPILED = 'mode="default", dynamic=False'
+CHUNK_ROWS = 512
 
 
 class WideLogits(torch.autograd.Function):
@@ -96,7 +97,9 @@ def plain(case: Case, x: Inputs, loss_of: LossOf, entropy: bool = True) -> list[
     ) -> Variant:
         setup, note = plain_call(x, loss_of, upcast, entropy, compiled, wide), COMPILED if compiled else ""
         values = name if wide else ""
-        return Variant(name, "plain", setup, note=note, yardstick=yardstick, values_yardstick=values)
+        return Variant(
+            name, "plain", setup, note=note, yardstick=yardstick, values_yardstick=values, slow_start=compiled
+        )
 
     low = case.dtype == "bfloat16"
     out = [variant("eager", low, entropy)]
@@ -110,3 +113,34 @@ def plain(case: Case, x: Inputs, loss_of: LossOf, entropy: bool = True) -> list[
     if low and case.d:
         out.append(variant(WIDE, False, entropy, wide=True))
     return [*out, variant("torch.compile", low, entropy, compiled=True)]
+
+
+def plain_statistics(case: Case, x: Inputs) -> list[Variant]:
+    """Log-probs and entropies of logits, without gradient: all rows at once, in chunks of rows, and compiled."""
+    assert x.logits is not None
+    logits = x.logits.detach()
+
+    @torch.no_grad()
+    def statistics(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = log_softmax(z.float() if case.dtype == "bfloat16" else z, dim=-1)
+        logp, entropy = selected(log_p, targets, entropy=True)
+        assert entropy is not None
+        return logp, entropy
+
+    def chunked(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = [statistics(*of) for of in zip(z.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True)]
+        logp, entropy = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        return logp, entropy
+
+    def variant(name: str, function: Any, note: str = "", slow_start: bool = False) -> Variant:
+        def run() -> Outputs:
+            logp, entropy = function(logits, x.targets)
+            return detached(logp=logp, entropy=entropy)
+
+        return Variant(name, "plain", lambda: Call(run), note=note, slow_start=slow_start)
+
+    return [
+        variant("eager", statistics),
+        variant("eager, in chunks", chunked, f"{CHUNK_ROWS} rows"),
+        variant("torch.compile", torch.compile(statistics, dynamic=False), COMPILED, slow_start=True),
+    ]

@@ -11,7 +11,10 @@ INK, GRID = "#2b2b2b", "#dddddd"
 COLOURS = {"ours": "#d1495b", "plain": "#8d99ae", "peer": "#30638e"}
 LABELS = {"ours": "revisual-fast", "plain": "plain torch", "peer": "other packages"}
 MARKERS = {"ours": "o", "plain": "s", "peer": "^"}
-SMALL = ("group_advantages", "pad_selection", "gather_rows")  # too short for a share of the roof to mean anything
+SMALL = (  # too short for a share of the roof to mean anything
+    *("group_advantages", "pad_selection", "gather_rows"),
+    *("gather_kv", "pack_embeddings", "mrope"),
+)
 BAR_INCHES, ROOF_INCHES = 0.23, 3.4
 MIN_BAND = 1.2
 XLABEL = "share of the roof: the time that the measured GEMM rate and copy bandwidth allow, over the median time"

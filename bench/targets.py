@@ -12,6 +12,7 @@ CPU_SHAPE = (2048, 512, 32000)
 GPU_SHAPE = (8192, 3584, 152064)
 GPU_LOGITS = (8192, 0, 151936)
 LIGER = "Liger fused linear GRPO"
+LIGER_ROWS, LIGER_SEQUENCES = "Liger Triton GRPO", "Liger Triton GSPO"
 GRADIENTS = {"d_hidden", "d_weight"}
 
 
@@ -48,15 +49,26 @@ def _cpu(rows: Sequence[Row], dtype: str, factor: float) -> list[Target]:
 def _gpu(rows: Sequence[Row]) -> list[Target]:
     what = "Hopper, N=8192 D=3584 V=152,064, bf16: `linear_policy_loss`"
     what_logits = "Hopper, N=8192 V=151,936, bf16: `policy_loss_from_logits`"
+    what_gspo, what_statistics = f"{what_logits} with GSPO", "Hopper, N=8192 V=151,936, bf16: `logits_statistics`"
     hopper = [row for row in rows if any(name in row["device"] for name in ("H100", "H200", "H20", "GH200"))]
     linear = _of(hopper, "cuda", "linear_policy_loss", GPU_SHAPE, "bfloat16")
-    logits = _of(hopper, "cuda", "policy_loss_from_logits", GPU_LOGITS, "bfloat16")
+    logits, gspo, statistics = (
+        _of(hopper, "cuda", op, GPU_LOGITS, "bfloat16")
+        for op in ("policy_loss_from_logits", "policy_loss_from_logits_gspo", "logits_statistics")
+    )
+    liger = _named(logits, LIGER_ROWS)
     peer = _best(linear, lambda row: row["role"] == "peer" and set(row["outputs"]) >= GRADIENTS)
     return [
-        _share(f"{what} at least 85% of the measured GEMM rate, 6 N D V counted", linear),
+        _share(f"{what} at least 85% of the measured GEMM rate, 6 N D V counted", linear, "of_gemm", 0.85),
         _speed(f"{what} at least 1.25x the fastest peer that computes the same gradient", linear, peer, 1.25),
-        _speed(f"{what_logits} at least 1.3x Liger's", logits, _named(logits, "Liger Triton GRPO"), 1.3),
+        _speed(f"{what_logits} at least 1.3x Liger's", logits, liger, 1.3),
         _exact(f"{what}, identical policies, fp32 logits: largest abs(ratio - 1) below 1e-5", linear),
+        _share(f"{what_logits} at least 90% of the copy bandwidth, 4 bytes a logit counted", logits, "of_copy", 0.9),
+        _speed(f"{what_logits} at least 1.5x Liger's GRPO kernel", logits, liger, 1.5),
+        _speed(f"{what_gspo} at least 2x Liger's", gspo, _named(gspo, LIGER_SEQUENCES), 2.0),
+        _share(
+            f"{what_statistics} at least 90% of the copy bandwidth, 2 bytes a logit counted", statistics, "of_copy", 0.9
+        ),
     ]
 
 
@@ -139,9 +151,9 @@ def _memory(text: str, rows: Sequence[Row], other: Row | None) -> Target:
     return _beside(found, rows, lambda mine, same: f"{share(mine, same) or float('nan'):.3f} of its memory")
 
 
-def _share(text: str, rows: Sequence[Row]) -> Target:
-    found = _line(text, rows, lambda row: row["of_gemm"], "{:.1%}", lambda share: share >= 0.85)
-    return _beside(found, rows, lambda mine, same: f"{same['of_gemm']:.1%}")
+def _share(text: str, rows: Sequence[Row], ceiling: str, least: float) -> Target:
+    found = _line(text, rows, lambda row: row[ceiling], "{:.1%}", lambda share: share >= least)
+    return _beside(found, rows, lambda mine, same: f"{same[ceiling]:.1%}")
 
 
 def _exact(text: str, rows: Sequence[Row]) -> Target:

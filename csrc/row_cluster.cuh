@@ -44,29 +44,43 @@ __global__ void __launch_bounds__(WARP * MOST_WARPS, 2)
     }
     cluster_sync();  // every block of the cluster has begun, and its barriers exist
 
-    // What the next row's work begins with, asked for a row ahead.
+    // What a row's work begins with, as it lies in memory: loads that nobody waits for until the row's turn has come. The
+    // target's logit follows when its column has arrived, a row ahead.
     struct Ahead {
-        bool counts;
-        int target;
-        float temperature, target_logit;
+        unsigned char counts = 0;
+        int64_t target = 0;
+        float temperature = 1.0f;
     };
-    const auto look_ahead = [&](int64_t index) -> Ahead {
-        if (index >= logits.n || !logits.counts(index)) return {false, -1, 1.0f, 0.0f};
-        const int target = logits.target_of(index);
-        return {true, target, logits.temperature_of(index), logits.target_logit(index, target)};
+    const auto look_ahead = [&](int64_t index) {
+        Ahead row;
+        if (index >= logits.n) return row;
+        row.counts = 1;
+        if (logits.mask != nullptr) row.counts = reinterpret_cast<const unsigned char*>(logits.mask)[index];
+        if (logits.temperature != nullptr) row.temperature = logits.temperature[index];
+        row.target = logits.targets[index];
+        return row;
+    };
+    const auto target_of = [&](const Ahead& row) {
+        return row.target >= 0 && row.target < logits.V ? int(row.target) : -1;
+    };
+    const auto logit_at = [&](int64_t index, int column) {
+        return index < logits.n ? logits.row(index)[column < 0 ? 0 : column] : Z{};
     };
 
     int stage = 0;
     uint32_t parity = 0, counted = 0;
-    Ahead next = look_ahead(first);
-    for (int64_t index = first; index < logits.n; index += clusters) {
-        const Ahead now = next;
-        next = look_ahead(index + clusters);
+    Ahead now = look_ahead(first), next = look_ahead(first + clusters), after;
+    Z target_logit = logit_at(first, target_of(now)), next_logit;
+    for (int64_t index = first; index < logits.n;
+         index += clusters, now = next, next = after, target_logit = next_logit) {
+        after = look_ahead(index + 2 * clusters);
+        next_logit = logit_at(index + clusters, target_of(next));
+        const int target = target_of(now);
         const Z* row = logits.row(index);
         const Span<Z> span(row, logits.V);
         const Share share(span.packs, rank, plan.blocks);
         G* out_row = out + index * out_stride;
-        if (now.counts) {
+        if (now.counts != 0) {
             const int column = span.column(share.first);
             const Reader<FULL> read = logits.template reader<FULL>(now.temperature);
             const int edge = rank == 0 && thread < span.edge() ? span.edge_column(thread) : -1;
@@ -85,21 +99,21 @@ __global__ void __launch_bounds__(WARP * MOST_WARPS, 2)
             if (thread == 0) barrier_arrive(&gathered[turn], partials * sizeof(float4));
             // Once all have sent, the row may be overwritten: the target's logit goes along, for it must have arrived.
             if (thread % WARP < plan.blocks)
-                send({s.top, s.sum, s.weighted, now.target_logit}, &partial[turn][rank * warps + thread / WARP],
+                send({s.top, s.sum, s.weighted, logit_of(target_logit)}, &partial[turn][rank * warps + thread / WARP],
                      &gathered[turn], thread % WARP);
             barrier_wait(&gathered[turn], counted / 2 % 2);
             ++counted;
             const RowStatistics found =
-                row_statistics_of(sum_of(partial[turn], partials), read, partial[turn][0].w, now.target);
+                row_statistics_of(sum_of(partial[turn], partials), read, partial[turn][0].w, target);
             const RowLoss<float> r = loss.of(token, found);
             if (rank == 0 && thread == 0) {
                 statistics.write(index, found);
                 loss.write(index, r);
             }
             const RowGradient gradient(found, read.scale, r.c, r.e, now.temperature);
-            write_packs<1>(stage_of(stage), share.count, column, out_row + column, now.target, gradient, read, thread,
+            write_packs<1>(stage_of(stage), share.count, column, out_row + column, target, gradient, read, thread,
                            blockDim.x);
-            if (edge >= 0) out_row[edge] = gradient_of<Z, G>(edge_logit, edge, now.target, gradient, read);
+            if (edge >= 0) out_row[edge] = gradient_of<Z, G>(edge_logit, edge, target, gradient, read);
         } else {
             barrier_wait(&full[stage], parity);  // nothing was asked for: it keeps the phases in step
             write_zeros(out_row + span.column(share.first), share.count * VECTOR<Z>);

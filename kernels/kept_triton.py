@@ -1,5 +1,4 @@
-"""Triton kernels of sampling-mask replay: a gathered product, and a weighted sum of gathered rows (for dX and for dW;
-the gradient of ``gather_rows`` is one, too).
+"""Triton kernels of sampling-mask replay: a gathered product, and a weighted sum of gathered rows, for dX and for dW.
 
 Both are bound by the bytes they gather. The product's programs take blocks of entries whatever row these belong to, so
 that rows that keep one id and rows that keep thousands are spread evenly; the sum's take one segment and a tile of D,

@@ -18,21 +18,30 @@ from torch.autograd.function import once_differentiable
 
 from revisual_fast import library
 from revisual_fast.kernels.dispatch import backend_problem
+from revisual_fast.kernels.embed import pack_embeddings
 from revisual_fast.kernels.gather import gather_rows
 from revisual_fast.kernels.groups import PadMask, pad_mask
 from revisual_fast.kernels.groups import group_advantages as packed_group_advantages
+from revisual_fast.kernels.mrope import mrope, mrope_, mrope_axis
 from revisual_fast.kernels.plan import statistics_dtype
+from revisual_fast.kernels.prefix import KVRows, gather_kv
 from revisual_fast.losses import Objective, PolicyObjective, TokenBatch, check_mask, counted
 from revisual_fast.objective_metrics import metric_names, policy_metrics
 
 __all__ = [
     "OPS",
+    "KVRows",
     "PadMask",
     "PolicyLoss",
     "available_backends",
+    "gather_kv",
     "gather_rows",
     "linear_logprob",
     "linear_policy_loss",
+    "mrope",
+    "mrope_",
+    "mrope_axis",
+    "pack_embeddings",
     "packed_group_advantages",
     "pad_mask",
     "policy_loss_from_logits",

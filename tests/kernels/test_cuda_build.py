@@ -42,13 +42,15 @@ OPS = {  # op -> the arguments it writes into
 EVERYWHERE, CLUSTERS = ("sm_80", "sm_90a", "sm_100"), ("sm_90a", "sm_100")
 VECTOR = "ILi[48]E"  # a first template argument that says how many elements go in one access
 EXPECTED = {  # how a kernel's name and template arguments begin -> where, and what every such kernel is meant to have
-    "cluster_loss_kernel": (CLUSTERS, "UBLKCP SYNCS UCGABAR LDS.128 STG.128 MUFU.EX2"),  # bulk copy, mbarrier, ...
+    "cluster_loss_kernel": (CLUSTERS, "UBLKCP SYNCS STAS UCGABAR LDS.128 STG.128 MUFU.EX2"),  # bulk copy, mbarrier, ...
     "loss_kernel": (EVERYWHERE, "LDG.128 STG.128 MUFU.EX2"),
     "gradient_kernel": (EVERYWHERE, "LDG.128 STG.128 MUFU.EX2"),
     "statistics_kernel": (EVERYWHERE, "LDG.128 MUFU.EX2"),
     f"pack_embeddings_kernel{VECTOR}": (EVERYWHERE, "LDG.128 STG.128"),
     f"gather_pair_kernel{VECTOR}": (EVERYWHERE, "LDG.128 STG.128"),
     f"mrope_kernel{VECTOR}": (EVERYWHERE, "LDG.128 STG.128"),
+    f"segment_sums_kernel{VECTOR}": (EVERYWHERE, "LDG.128"),
+    f"long_sums_kernel{VECTOR}": (EVERYWHERE, "LDG.128"),
 }
 
 

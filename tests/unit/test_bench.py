@@ -338,8 +338,8 @@ def test_a_case_that_fails_is_a_line_and_the_others_go_on(monkeypatch, tmp_path,
 
 
 def test_a_budget_is_kept(monkeypatch, tmp_path, capsys):
-    """Time is kept for cases to come, in fewer rounds; what has not begun by its end is left out, and named."""
-    clock = iter([0.0, 0.0, 100.0, 110.0])  # start, before each of two cases, end
+    """Time is kept for cases to come, in fewer rounds; one that it would not be enough for is left out, and named."""
+    clock = iter([0.0, 0.0, 41.0, 50.0])  # start, before each of two cases, end
     monkeypatch.setattr(
         command, "_measured", lambda case, head, rounds, deadline, out: deadlines.append(deadline) or True
     )
