@@ -27,6 +27,9 @@ void segment_sums(Tensor order, Tensor indptr, Tensor first, Optional second, Te
 void mrope(Tensor q, Optional k, Tensor positions, Tensor inv_freq, Tensor axis, double scaling, bool inverse,
            Tensor q_out, Optional k_out);
 
+// scaling.cu
+void scale_(Tensor x, Tensor by);
+
 // What the build gave code for, in the words of nvcc, joined by +.
 #define WORDS(text) #text
 #define WORDS_OF(macro) WORDS(macro)
@@ -42,6 +45,7 @@ STABLE_TORCH_LIBRARY(revisual_fast_cuda, m) {
           " float softcap, Tensor(b!) logp, Tensor(c!) entropy, Tensor(d!) losses, Tensor(e!) c, Tensor(f!)? e,"
           " Tensor? advantages, Tensor? old, Tensor? ref, Tensor? rollout, Tensor weight, int surrogate, int kl,"
           " bool kl_bias, int correction, float[] numbers, int resident) -> ()");
+    m.def("scale_(Tensor(a!) x, Tensor by) -> ()");
     m.def("pack_embeddings(Tensor ids, Tensor table, Tensor? features, Tensor feature_index, Tensor(a!) out) -> ()");
     m.def("gather_pair(Tensor key, Tensor value, Tensor index, Tensor(a!) key_out, Tensor(b!) value_out) -> ()");
     m.def("segment_sums(Tensor order, Tensor indptr, Tensor first, Tensor? second, Tensor(a!) first_out,"
@@ -58,6 +62,7 @@ STABLE_TORCH_LIBRARY_IMPL(revisual_fast_cuda, CUDA, m) {
     m.impl("row_statistics", TORCH_BOX(&row_statistics));
     m.impl("row_gradient", TORCH_BOX(&row_gradient));
     m.impl("row_loss", TORCH_BOX(&row_loss));
+    m.impl("scale_", TORCH_BOX(&scale_));
     m.impl("pack_embeddings", TORCH_BOX(&pack_embeddings));
     m.impl("gather_pair", TORCH_BOX(&gather_pair));
     m.impl("segment_sums", TORCH_BOX(&segment_sums));

@@ -25,6 +25,7 @@ from revisual_fast.kernels.groups import group_advantages as packed_group_advant
 from revisual_fast.kernels.mrope import mrope, mrope_, mrope_axis
 from revisual_fast.kernels.plan import statistics_dtype
 from revisual_fast.kernels.prefix import KVRows, gather_kv
+from revisual_fast.kernels.scaling import scale_
 from revisual_fast.losses import Objective, PolicyObjective, TokenBatch, check_mask, counted
 from revisual_fast.objective_metrics import metric_names, policy_metrics
 
@@ -249,7 +250,11 @@ def policy_loss_from_logits(
 
 
 class _Attach(torch.autograd.Function):
-    """Gives a loss the gradients that were computed with it: ``(loss, inplace, *inputs [k], *gradients [k])``."""
+    """Gives a loss the gradients that were computed with it: ``(loss, inplace, *inputs [k], *gradients [k])``.
+
+    They are handed on as they are, times the upstream gradient, in their own memory; as copies only where the graph is
+    kept for another backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, inplace: bool, *tensors: Tensor) -> Tensor:
@@ -260,8 +265,15 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [_scaled(gradient, d_loss, ctx.inplace) for gradient in ctx.saved_tensors]
-        return None, None, *gradients, *(None for _ in gradients)
+        gradients = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            scaled = [_product(gradient, d_loss) for gradient in gradients]
+        elif torch._C._autograd._get_current_graph_task_keep_graph() and not ctx.inplace:
+            scaled = [scale_(gradient.clone(), d_loss) for gradient in gradients]
+        else:
+            scaled = [scale_(gradient, d_loss) for gradient in gradients]
+            torch.autograd.graph.increment_version(gradients)  # a second backward pass in place is an error
+        return None, None, *scaled, *(None for _ in gradients)
 
 
 def _attach(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor], inplace: bool) -> Tensor:
@@ -269,10 +281,10 @@ def _attach(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[T
     return _Attach.apply(loss, inplace, *(i for i, _ in pairs), *(g for _, g in pairs)) if pairs else loss
 
 
-def _scaled(gradient: Tensor, by: Tensor, inplace: bool) -> Tensor:
+def _product(gradient: Tensor, by: Tensor) -> Tensor:
     """``gradient * by``, the scalar not rounded to the gradient's dtype: on CUDA it has to promote, as ``[1]``."""
     by = by.reshape(1) if gradient.is_cuda else by
-    return torch.mul(gradient, by, out=gradient if inplace else gradient.new_empty(gradient.shape))
+    return torch.mul(gradient, by, out=gradient.new_empty(gradient.shape))
 
 
 class _LinearLogprob(torch.autograd.Function):

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("rows_triton", "kept_triton", "groups_triton", "packing_triton")
+MODULES = ("rows_triton", "kept_triton", "groups_triton", "packing_triton", "scaling_triton")
 ARCHITECTURES = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 

@@ -136,7 +136,7 @@ struct Cluster {
 inline thread_local Block* block;
 
 struct Index {
-    unsigned x;
+    unsigned x, y;
 };
 
 }  // namespace host

@@ -3,6 +3,7 @@
 //
 #include "row_cluster.cuh"
 #include "row_streaming.cuh"
+#include "scaling.cuh"
 
 namespace revisual {
 
@@ -56,7 +57,7 @@ extern "C" {
 
 // What a kernel is launched with; the fields are those of `Launch` in test_host_kernels.py.
 struct Launch {
-    int kernel;  // 0 statistics, 1 gradient, 2 loss, 3 loss in clusters
+    int kernel;  // 0 statistics, 1 gradient, 2 loss, 3 loss in clusters, 4 scaling of `out` by weight[0]
     int from, to, threads, blocks, clusters, stages, packs, seed;
     int64_t n, V, places, stride, out_stride;
     void *z, *out;
@@ -87,6 +88,7 @@ void kernel(const Launch& l) {
     if (l.kernel == 0) return statistics_kernel<Z, FULL>(logits, statistics);
     if (l.kernel == 1)
         return gradient_kernel<Z, G, FULL>(logits, out, l.out_stride, l.index, l.entropy, l.top, l.sum, l.c, l.e);
+    if (l.kernel == 4) return scale_kernel(out, l.n, l.V, l.out_stride, l.weight);
     if (l.kernel == 2) return loss_kernel<Z, G, FULL>(logits, out, l.out_stride, statistics, loss);
     cluster_loss_kernel<Z, G, FULL>(logits, out, l.out_stride, statistics, loss, {l.blocks, l.stages, l.packs});
 }
@@ -107,7 +109,12 @@ char anchor[16];  // where a copy's static variables are, give or take
 // One thread of one block; `thread_address` and `anchor_address` let the first copy start those of the others.
 void thread_of(const Launch* l, host::Block* block, int thread, int at, int grid, std::exception_ptr* failed) try {
     host::block = block;
-    threadIdx.x = unsigned(thread), blockIdx.x = unsigned(at), blockDim.x = unsigned(l->threads), gridDim.x = unsigned(grid);
+    threadIdx.x = unsigned(thread), blockDim.x = unsigned(l->threads);
+    blockIdx.x = unsigned(at), gridDim.x = unsigned(grid), gridDim.y = 1;
+    if (l->kernel == 4) {  // blocks across the rows, the others down
+        gridDim = {unsigned(l->blocks), unsigned(grid / l->blocks)};
+        blockIdx = {unsigned(at % l->blocks), unsigned(at / l->blocks)};
+    }
     if (l->from == 0) return choose<bf16, bf16>(*l);
     if (l->from == 1) return choose<fp16, fp16>(*l);
     l->to == 0 ? choose<float, bf16>(*l) : choose<float, float>(*l);

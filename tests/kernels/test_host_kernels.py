@@ -227,3 +227,20 @@ def test_other_objectives_in_clusters(device: Device, settings: dict[str, Any]) 
     rows.tokens = replace(rows.tokens, old_logp=None)
     rows.solve(device, o, kernel=3, blocks=2, stages=2, clusters=1, packs=17)
     rows.check(rows.z, o)
+
+
+@pytest.mark.parametrize(("offset", "gap"), PLACES)
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_scaling(device: Device, dtype: torch.dtype, offset: int, gap: int) -> None:
+    for v, blocks, down in ((1, 1, 1), (13, 1, 2), (1203, 2, 2)):
+        for factor in (1.0, -0.3):
+            rows = Rows(5, v, dtype, offset=offset, gap=gap)
+            rows.out.copy_(rows.z)
+            if factor == 1.0:
+                rows.out[2] = float("nan")  # which nobody looks at
+            rows.launch(device, 4, places=blocks * down, blocks=blocks, weight=torch.tensor([factor]))
+            wanted = (rows.z.float() * factor).to(dtype)
+            if factor == 1.0:
+                wanted[2] = float("nan")
+            assert torch.equal(rows.out.nan_to_num(99), wanted.nan_to_num(99))
+            rows.check_surroundings()
