@@ -39,7 +39,10 @@ from revisual_fast import PolicyObjective
 
 FROM_LOGITS = "policy_loss_from_logits"
 PLACES: dict[str, dict[str, Any]] = {"": {"inplace": False}, ", in place": {"inplace": True}}
-TWICE: dict[str, dict[str, Any]] = {", read twice": {"inplace": False, "one_read": False}}
+OTHERWISE: dict[str, dict[str, Any]] = {
+    ", one block": {"inplace": False, "blocks": 1},
+    ", read twice": {"inplace": False, "blocks": 0},
+}
 
 
 def linear_policy_loss(case: Case) -> Problem:
@@ -91,7 +94,7 @@ def policy_loss_from_logits(case: Case) -> Problem:
     """Forward and backward of the clip objective from logits; the cuda backend also without its one read of a row."""
     x = make_inputs(case)
     make = loss_from_logits(x, OBJECTIVE, x.tokens)
-    mine = [*ours(case, FROM_LOGITS, make, PLACES), *ours(case, FROM_LOGITS, make, TWICE, backends=("cuda",))]
+    mine = [*ours(case, FROM_LOGITS, make, PLACES), *ours(case, FROM_LOGITS, make, OTHERWISE, backends=("cuda",))]
     return _logits_problem(case, x, mine, clip_loss(x), peers.liger_triton_grpo(case, x))
 
 

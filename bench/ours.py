@@ -105,17 +105,17 @@ def linear_values(x: Inputs, loss_of: Callable[..., Any]) -> Make:
 
 
 def loss_from_logits(x: Inputs, objective: PolicyObjective, tokens: TokenBatch) -> Make:
-    """In place, the logits are brought back before every call. Without ``one_read``, a setting of the cuda backend, the
-    loss reads each row twice instead of keeping it in the shared memory of a cluster."""
+    """In place, the logits are brought back before every call. ``blocks`` is a setting of the cuda backend: how many
+    blocks of a cluster that keeps a row in its shared memory a multiprocessor has; 0 reads each row twice."""
     assert x.logits is not None
     logits = x.logits
 
-    def make(inplace: bool, one_read: bool = True, **options: Any) -> Callable[[], Call]:
+    def make(inplace: bool, blocks: int | None = None, **options: Any) -> Callable[[], Call]:
         def setup() -> Call:
             own = logits.detach().clone().requires_grad_() if inplace else logits
 
             def run() -> Outputs:
-                with nullcontext() if one_read else _reading_twice():
+                with nullcontext() if blocks is None else _blocks(blocks):
                     out = policy_loss_from_logits(own, x.targets, tokens, objective, inplace=inplace, **options)
                 (d_logits,) = torch.autograd.grad(out.loss, [own])
                 return detached(loss=out.loss, logp=out.logp, entropy=out.entropy, d_logits=d_logits)
@@ -127,8 +127,8 @@ def loss_from_logits(x: Inputs, objective: PolicyObjective, tokens: TokenBatch) 
     return make
 
 
-def _reading_twice() -> Any:
-    return patch.object(import_module("revisual_fast.kernels.rows_cuda"), "ONE_READ", False)
+def _blocks(count: int) -> Any:
+    return patch.object(import_module("revisual_fast.kernels.rows_cuda"), "BLOCKS_PER_MULTIPROCESSOR", count)
 
 
 def statistics_of_logits(x: Inputs) -> Make:

@@ -117,21 +117,21 @@ def test_the_cuda_backend_stands_in_the_list_where_it_is_built(monkeypatch):
     assert "revisual-fast cuda" not in named("group_advantages", 16, 0, 0), "has no CUDA kernel"
 
 
-def test_the_cuda_backend_is_also_timed_without_its_one_read(monkeypatch):
+def test_the_cuda_backend_is_also_timed_with_other_blocks(monkeypatch):
     monkeypatch.setattr(ours, "available_backends", lambda op: {"cuda": "yes", "torch": "yes"})
-    rows_cuda = SimpleNamespace(ONE_READ=True)
+    rows_cuda = SimpleNamespace(BLOCKS_PER_MULTIPROCESSOR=2)
     monkeypatch.setitem(sys.modules, "revisual_fast.kernels.rows_cuda", rows_cuda)
     seen = []
 
     def op(logits, *arguments, **options):
-        seen.append((options["backend"], rows_cuda.ONE_READ))
+        seen.append((options["backend"], rows_cuda.BLOCKS_PER_MULTIPROCESSOR))
         return SimpleNamespace(loss=logits.sum(), logp=logits[:, 0], entropy=logits[:, 0])
 
     monkeypatch.setattr(ours, "policy_loss_from_logits", op)
     variants = named("policy_loss_from_logits", 16, 0, 40)
-    for name in ("revisual-fast cuda, read twice", "revisual-fast cuda"):
+    for name in ("revisual-fast cuda, read twice", "revisual-fast cuda, one block", "revisual-fast cuda"):
         variants[name].setup().run()
-    assert seen == [("cuda", False), ("cuda", True)]
+    assert seen == [("cuda", 0), ("cuda", 1), ("cuda", 2)]
     assert not any("torch, read twice" in name for name in variants)
 
 
