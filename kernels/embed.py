@@ -27,16 +27,18 @@ def pack_embeddings(
     features: Tensor | None,  # [M, D] floating point
     feature_index: Tensor,  # [T] int64: the feature that a row takes, -1 = the table's row of its id
     backend: str = "auto",
+    padding_idx: int | None = None,
 ) -> Tensor:
     """``[T, D]`` in the dtype of ``table``, differentiable in ``table`` and in ``features``.
 
     Features of another dtype are rounded to the table's, and their gradient comes in their own. A row that takes a
-    feature gives nothing to the table. ``auto`` is cuda, triton or torch on a CUDA device, the first that can run, and
-    torch elsewhere. Numbers outside the table or the features are refused on the CPU; on CUDA, where a check would
-    wait for the device, they give a row of nan. Raises ValueError for what does not fit.
+    feature gives nothing to the table, nor does one whose id is ``padding_idx`` (as in ``nn.Embedding``). ``auto`` is
+    cuda, triton or torch on a CUDA device, the first that can run, and torch elsewhere. Numbers outside the table or
+    the features are refused on the CPU; on CUDA, where a check would wait for the device, they give a row of nan.
+    Raises ValueError for what does not fit.
     """
     _check(ids, table, features, feature_index)
-    return _PackEmbeddings.apply(ids, table, features, feature_index, packing_backend(backend, table))
+    return _PackEmbeddings.apply(ids, table, features, feature_index, packing_backend(backend, table), padding_idx)
 
 
 def _check(ids: Tensor, table: Tensor, features: Tensor | None, feature_index: Tensor) -> None:
@@ -67,10 +69,16 @@ def _check(ids: Tensor, table: Tensor, features: Tensor | None, feature_index: T
 class _PackEmbeddings(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ids: Tensor, table: Tensor, features: Tensor | None, feature_index: Tensor, backend: str
+        ctx: Any,
+        ids: Tensor,
+        table: Tensor,
+        features: Tensor | None,
+        feature_index: Tensor,
+        backend: str,
+        padding_idx: int | None,
     ) -> Tensor:
         ctx.save_for_backward(ids, feature_index)
-        ctx.backend, ctx.vocab = backend, len(table)
+        ctx.backend, ctx.vocab, ctx.padding_idx = backend, len(table), padding_idx
         ctx.features = (0, table.dtype) if features is None else (len(features), features.dtype)
         ids, feature_index = ids.contiguous(), feature_index.contiguous()
         features = None if features is None else features.to(table.dtype)
@@ -91,13 +99,15 @@ class _PackEmbeddings(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None, None]:
         ids, feature_index = ctx.saved_tensors
         n_features, features_dtype = ctx.features
         d_table = d_features = None
         if ctx.needs_input_grad[1]:
-            by_id = RowMap(torch.where(feature_index == -1, ids, -1), ctx.vocab)
-            (d_table,) = row_sums([d_out], by_id, d_out.dtype, ctx.backend)
+            by_id = feature_index == -1
+            if ctx.padding_idx is not None:
+                by_id &= ids != ctx.padding_idx
+            (d_table,) = row_sums([d_out], RowMap(torch.where(by_id, ids, -1), ctx.vocab), d_out.dtype, ctx.backend)
         if ctx.needs_input_grad[2]:
             (d_features,) = row_sums([d_out], RowMap(feature_index, n_features), features_dtype, ctx.backend)
-        return None, d_table, d_features, None, None
+        return None, d_table, d_features, None, None, None

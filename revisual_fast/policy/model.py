@@ -81,14 +81,15 @@ class Policy:
     @ranged("embeddings")
     def embed(self, batch: PackedBatch) -> Tensor:
         """Input embeddings [1, T, D], image features in their places."""
-        embedding, ids = self.family.embedding, batch.ids
-        if type(embedding) is nn.Embedding and not (embedding._forward_hooks or embedding._forward_pre_hooks):
-            table = embedding.weight
-        else:  # an adapter, or somebody who wants to see the embedding's output: its rows become the table
-            table, ids = embedding(ids), torch.arange(len(ids), device=ids.device)
+        embedding: Any = self.family.embedding
+        ids = batch.ids
+        if _is_plain(embedding):
+            table, padding_idx = embedding.weight, embedding.padding_idx
+        else:  # what it gives becomes the table
+            table, ids, padding_idx = embedding(ids), torch.arange(len(ids), device=ids.device), None
         features = None if batch.pixel_values is None else self.encode_images(batch)
         taken = torch.full_like(ids, -1).index_copy(0, batch.image_rows, batch.image_index)
-        return pack_embeddings(ids, table, features, taken)[None]
+        return pack_embeddings(ids, table, features, taken, padding_idx=padding_idx)[None]
 
     @ranged("vision tower")
     def encode_images(self, batch: PackedBatch) -> Tensor:
@@ -113,3 +114,12 @@ class Policy:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> fp32 logits [n, V]; for a few rows only (sampling)."""
         return self.family.head(hidden).float()
+
+
+def _is_plain(embedding: Any) -> bool:
+    """Whether it is a look-up and nothing else: no adapter, no renormalised rows, nobody who listens in."""
+    if type(embedding) is not nn.Embedding:
+        return False
+    hooks = (embedding._forward_hooks, embedding._forward_pre_hooks, embedding._backward_hooks)
+    special = embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse
+    return not special and not any(hooks) and not embedding._backward_pre_hooks

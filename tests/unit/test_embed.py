@@ -5,6 +5,7 @@ import torch
 
 from revisual_fast.kernels.embed import pack_embeddings
 from revisual_fast.kernels.row_sums import RowMap, packing_backend, row_sums
+from revisual_fast.policy.model import _is_plain
 from tests.devices import DEVICE, ON_DEVICE
 from tests.packing_backends import FLOATS, PACKING_BACKENDS, skip_missing
 
@@ -62,6 +63,22 @@ def test_features_of_another_dtype(backend, features_dtype):
     rows = feature_index >= 0
     exact.index_add_(0, feature_index[rows], upstream[rows].double())
     assert torch.equal(got, exact.float().to(features_dtype))  # sums of three bf16 numbers: exact in fp32, rounded once
+
+
+@backends
+def test_the_padding_row_is_not_trained(backend):
+    ids, table, features, feature_index, upstream = make(8, torch.float32)
+    everything, without = (
+        torch.autograd.grad(pack_embeddings(ids, table, features, feature_index, backend, pad), table, upstream)[0]
+        for pad in (None, 4)
+    )
+    assert everything[4].any()
+    assert not without[4].any()
+    assert torch.equal(without[5:], everything[5:])
+    embedding = torch.nn.Embedding(23, 8, padding_idx=4, _weight=table.detach().clone(), device=DEVICE)
+    usual = plain(ids, embedding(torch.arange(23, device=DEVICE)), features.detach(), feature_index)
+    (wanted,) = torch.autograd.grad(usual, embedding.weight, upstream)
+    torch.testing.assert_close(without, wanted)
 
 
 @backends
@@ -172,3 +189,20 @@ def test_the_backend_of_fp64():
     with pytest.raises(ValueError, match="no kernel for"):
         packing_backend("cuda", torch.zeros(1, dtype=torch.float64))
     assert packing_backend("auto", torch.zeros(1, dtype=torch.float64)) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("module", "plain"),
+    [
+        (torch.nn.Embedding(5, 3, padding_idx=0), True),
+        (torch.nn.Embedding(5, 3, max_norm=1.0), False),
+        (torch.nn.Embedding(5, 3, scale_grad_by_freq=True), False),
+        (torch.nn.Embedding(5, 3, sparse=True), False),
+        (torch.nn.Sequential(torch.nn.Embedding(5, 3)), False),
+    ],
+)
+def test_only_a_plain_embedding_is_read_past_its_module(module, plain):
+    assert _is_plain(module) == plain
+    if plain:
+        module.register_forward_hook(lambda module, inputs, output: output)
+        assert not _is_plain(module)
