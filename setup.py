@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -41,11 +40,12 @@ class BuildCuda(build_ext):
         torch, jobs = Path(TORCH.origin).parent, int(os.environ.get("MAX_JOBS") or os.cpu_count())
         code = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
         names = "+".join(name for made in code.values() for name in made)
+        toolkit = subprocess.check_output([NVCC, "--version"], text=True).split("release ")[1].split(",")[0]
         flags = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=--warn-on-spills"]
         flags += [f"-I{torch}/include", "-DTORCH_TARGET_VERSION=0x020b000000000000", "--expt-relaxed-constexpr"]
         flags += [f"-DREVISUAL_ARCHITECTURES={names}", f"--threads={jobs}"]
         flags += [f"-gencode=arch={virtual},code=[{','.join(made)}]" for virtual, made in code.items()]
-        objects = Path(self.build_temp, f"torch-{metadata.version('torch')}-{names}").absolute()
+        objects = Path(self.build_temp, f"cuda-{toolkit}-torch-{metadata.version('torch')}-{names}").absolute()
         with ThreadPoolExecutor(jobs) as pool:
             made = list(pool.map(lambda source: self.compiled(source, objects, flags), ext.sources))
         libraries = [f"-L{torch}/lib", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu", "--cudart=static"]
@@ -62,7 +62,7 @@ class BuildCuda(build_ext):
         """Makes ``out``, at once and in full, so that nobody who has the old one open is disturbed."""
         out.parent.mkdir(parents=True, exist_ok=True)
         command = [NVCC, *words, "-o", f"{out}.new"]
-        print(shlex.join(command), flush=True)
+        print(*command, flush=True)
         if subprocess.run(command, check=False).returncode:
             raise CompileError(f"nvcc failed to make {out.name}; its messages stand above")
         os.replace(f"{out}.new", out)

@@ -169,10 +169,10 @@ def linear_policy_loss(
     drops rows whose gradient is exactly 0 before the gradient products; on CUDA the host then waits for a count of each
     chunk, while the device works on the next one (``False``: no wait at all). ``objective`` may be any callable ``(logp
     [N], entropy [N], tokens) -> scalar``. A row where ``tokens.mask`` is False does not count, whatever its hidden
-    state and target: its log-prob, entropy and gradient are 0. With ``sampling_mask``, which excludes a mask of rows,
-    the objective may contain neither a KL nor an entropy term: both are defined over the full vocabulary. No rows: loss
-    0, zero gradients, metrics 0. Arguments as for
-    :func:`linear_logprob`. Raises ValueError also where ``tokens`` lacks what the objective needs.
+    state, target and temperature: its log-prob, entropy and gradient are 0. With ``sampling_mask``, which excludes a
+    mask of rows, the objective may contain neither a KL nor an entropy term: both are defined over the full vocabulary.
+    No rows: loss 0, zero gradients, metrics 0. Arguments as for :func:`linear_logprob`. Raises ValueError also where
+    ``tokens`` lacks what the objective needs.
     """
     backend = resolve_backend("linear_policy_loss", backend, hidden, sampling_mask)
     logits_dtype = _check_head(hidden, weight, bias, logits_dtype)
@@ -186,11 +186,13 @@ def linear_policy_loss(
         if tokens.mask is not None:
             dropped = ~tokens.mask.to(hidden.device)
             hidden, targets = hidden.masked_fill(dropped[:, None], 0), targets.masked_fill(dropped, 0)
+            neutral = _temperature(temperature, hidden, tokens.mask)
+            shared["temperature"] = 1.0 if neutral is None else neutral
         return _traced(objective, tokens, *linear_logprob(hidden, weight, targets, **shared))
     loss, logp, entropy, metrics, *gradients = library.linear_policy_loss(
         *(_detached(t) for t in inputs),
         targets,
-        _temperature(temperature, hidden),
+        _temperature(temperature, hidden, tokens.mask),
         _softcap(softcap),
         *_mask(sampling_mask),
         _fields(tokens),
@@ -231,7 +233,7 @@ def policy_loss_from_logits(
     _check_targets(targets, logits, logits.shape[1], tokens.mask)
     _check_objective(objective, tokens, sampling_mask)
     (needed, *_), rows = _needs(logits), _with_contiguous_rows(logits.detach(), inplace)
-    transform = (_temperature(temperature, logits), _softcap(softcap), *_mask(sampling_mask))
+    transform = (_temperature(temperature, logits, tokens.mask), _softcap(softcap), *_mask(sampling_mask))
     if torch.compiler.is_compiling() and not library.objective_key(objective):
         raise ValueError("under torch.compile the objective of policy_loss_from_logits must be a built-in one")
     of = (rows, targets, *transform, _fields(tokens), objective)
@@ -458,11 +460,14 @@ def _check_objective(objective: Objective, tokens: TokenBatch, sampling_mask: Sa
             )
 
 
-def _temperature(temperature: float | Tensor, rows: Tensor) -> Tensor | None:
+def _temperature(temperature: float | Tensor, rows: Tensor, mask: Tensor | None = None) -> Tensor | None:
+    """``[N]``, or None for 1; of rows that do not count, it is 1 whatever was given."""
     dtype = statistics_dtype(rows.dtype)
     if isinstance(temperature, Tensor):
         if temperature.shape not in ((), rows.shape[:1]):
             raise ValueError(f"temperature must be a number or [N] = [{len(rows)}]; got {list(temperature.shape)}")
+        if mask is not None and temperature.ndim == 1:
+            temperature = temperature.masked_fill(~mask.to(temperature.device, non_blocking=True), 1)
         on_cpu = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and not bool((temperature > 0).all()):
             raise ValueError(f"temperature must be > 0; its least value is {float(temperature.min())}")

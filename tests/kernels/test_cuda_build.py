@@ -78,7 +78,11 @@ def schemas() -> Iterator[Any]:
 @built
 def test_the_library_is_loaded_and_newer_than_its_sources() -> None:
     assert load() is None
-    stale = [path.name for path in CSRC.iterdir() if path.stat().st_mtime > LIBRARY.stat().st_mtime]
+    stale = [
+        path.name
+        for path in [*CSRC.iterdir(), CSRC.parent / "setup.py"]
+        if path.stat().st_mtime > LIBRARY.stat().st_mtime
+    ]
     assert not stale, f"{LIBRARY.name} is older than {', '.join(sorted(stale))}: run `make cuda`"
 
 

@@ -232,6 +232,22 @@ def test_no_row_counts(preset: str, of: dict[str, Any], op: str, backend: str) -
         assert not value.any()
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("op", ["linear", "logits"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_nobody_looks_at_the_temperature_of_the_other_rows(backend: str, op: str, bad: float) -> None:
+    rows, weight, targets, tokens = problem(op)
+    mask = some_rows(14)
+    temperature = torch.linspace(0.7, 1.3, 14)
+    batch = on_device(replace(tokens, mask=mask))
+    wanted = run(op, rows, weight, targets, batch, PolicyObjective(), temperature=temperature, backend=backend)
+    spoilt = torch.where(mask, temperature, bad)
+    got = run(op, rows, weight, targets, batch, PolicyObjective(), temperature=spoilt, backend=backend)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        run(op, rows, weight, targets, on_device(tokens), PolicyObjective(), temperature=spoilt, backend=backend)
+
+
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_a_single_bad_row_among_many(backend: str) -> None:
     """So few are not worth gathering the others: the row takes part in the products, with zeros."""
@@ -344,11 +360,15 @@ def test_compiles_without_a_graph_break(op: str, objective: str) -> None:
             pytest.skip("takes built-in objectives only")
         o = PolicyObjective(surrogate=lambda r: -r.advantage * r.logp.exp())
 
+    temperature = torch.linspace(0.7, 1.3, 14, device=DEVICE)
+    if batch.mask is not None:
+        temperature[~batch.mask] = float("nan")
+
     def step(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         if op == "linear":
-            out = linear_policy_loss(rows, weight, targets, batch, o)
+            out = linear_policy_loss(rows, weight, targets, batch, o, temperature=temperature, skip_inactive=False)
         else:
-            out = from_logits(rows * 1, targets, batch, o)
+            out = from_logits(rows * 1, targets, batch, o, temperature=temperature)
         return 3 * out.loss, out.logp, *out.metrics.values()
 
     eager_of, compiled_of = ([t.clone().requires_grad_() for t in (rows, weight)] for _ in range(2))
