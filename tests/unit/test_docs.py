@@ -150,3 +150,17 @@ def test_links_lead_somewhere(page: str) -> None:
         titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
         anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
         assert not anchor or anchor in anchors, anchor
+
+
+def test_the_page_on_packed_rows() -> None:
+    x = run((DOCS / "packed_rows.md").read_text(), {})
+    rows = torch.where((x["feature_index"] < 0)[:, None], x["table"][x["ids"]], x["features"][x["feature_index"]])
+    assert torch.equal(x["x"], rows)
+    assert torch.equal(x["keys"], x["k"][x["segments"]])
+    assert torch.equal(x["values"], x["v"][x["segments"]])
+    gathered = 2 * x["x"].detach()
+    wanted = torch.zeros(50, 16).index_add(0, x["ids"][4:9], gathered[4:9] * torch.tensor([2, 1, 1, 0, 1])[:, None])
+    torch.testing.assert_close(x["table"].grad, wanted)
+    assert not x["features"].grad.any()
+    assert x["q"].shape == (10, 4, 8)
+    assert x["axis"].tolist() == [0, 0, 1, 2]
