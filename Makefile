@@ -27,6 +27,7 @@ test: $(VENV)/.test
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/kernels/*pp
 	$(BIN)/mypy
 
 # The CUDA kernels: csrc/ into revisual_fast/_C.abi3.so. Needs nvcc and no GPU; docs/building.md.

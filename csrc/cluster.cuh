@@ -48,8 +48,8 @@ CLUSTER_DEVICE void barrier_arrive(uint64_t* barrier, uint32_t bytes) {
                  : "memory");
 }
 
-// The default, acquire at the scope of the block, for data from other blocks too: it lies in this block's own memory, and
-// the scope of the cluster would invalidate the first cache.
+// The default, acquire at the scope of the block, for data from other blocks too: it lies in this block's own memory,
+// and the scope of the cluster would invalidate the first cache.
 CLUSTER_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
     uint32_t done = 0;
     while (!done)

@@ -1,6 +1,7 @@
 // What all kernels share: element types, 16-byte packs, and the way from a tensor to a launch.
 //
-// The half of this file that needs neither a CUDA compiler nor torch is also compiled for the host, where the tests run it.
+// The half of this file that needs neither a CUDA compiler nor torch is also compiled for the host, where the tests run
+// it.
 #pragma once
 
 #include <cstdint>

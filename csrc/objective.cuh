@@ -1,8 +1,9 @@
 // The built-in token-level objectives: a row's loss, c = dL/dlogp and e = dL/dH, from its log-prob and its entropy.
 //
-// The formulas of revisual_fast/losses with their derivatives written out. Compiled for the device and for the host: the
-// tests run it in double over every combination of options against revisual_fast.losses. A row's loss is
-// weight (w l + kl_coef KL - entropy_coef H).
+// The formulas of revisual_fast/losses with their derivatives written out. Compiled for the device and for the host:
+// the tests run it in double over every combination of options against revisual_fast.losses. A row's loss is
+//
+//     weight (w l + kl_coef KL - entropy_coef H)
 #pragma once
 
 #include <cmath>
@@ -42,7 +43,8 @@ struct Slope {  // a value and its derivative by logp
     F value, slope;
 };
 
-// Clipped surrogate (PPO, arXiv 1707.06347), unequal bounds (DAPO, 2503.14476), dual clip (1912.09729), delta (2505.07291).
+// The clipped surrogate (PPO, arXiv 1707.06347): unequal bounds (DAPO, 2503.14476), dual clip (1912.09729), delta
+// (INTELLECT-2, 2505.07291).
 template <typename F>
 HOST_DEVICE Slope<F> clipped(const Objective<F>& o, F ratio, F advantage) {
     const F low = 1 - o.clip_low, high = 1 + o.clip_high;

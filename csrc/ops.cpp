@@ -37,21 +37,26 @@ std::string architectures() { return WORDS_OF(REVISUAL_ARCHITECTURES); }
 
 STABLE_TORCH_LIBRARY(revisual_fast_cuda, m) {
     m.def("architectures() -> str");
-    m.def("row_statistics(Tensor z, Tensor? bias, Tensor targets, Tensor? temperature, Tensor? mask, float softcap,"
-          " Tensor(a!) logp, Tensor(b!) entropy, Tensor(c!) top, Tensor(d!) total) -> ()");
-    m.def("row_gradient(Tensor z, Tensor(a!) out, Tensor? index, Tensor? bias, Tensor targets, Tensor? temperature,"
-          " Tensor? mask, float softcap, Tensor entropy, Tensor top, Tensor total, Tensor c, Tensor? e) -> ()");
-    m.def("row_loss(Tensor z, Tensor(a!) out, Tensor? bias, Tensor targets, Tensor? temperature, Tensor? mask,"
-          " float softcap, Tensor(b!) logp, Tensor(c!) entropy, Tensor(d!) losses, Tensor(e!) c, Tensor(f!)? e,"
-          " Tensor? advantages, Tensor? old, Tensor? ref, Tensor? rollout, Tensor weight, int surrogate, int kl,"
-          " bool kl_bias, int correction, float[] numbers, int resident) -> ()");
+    m.def(
+        "row_statistics(Tensor z, Tensor? bias, Tensor targets, Tensor? temperature, Tensor? mask, float softcap,"
+        " Tensor(a!) logp, Tensor(b!) entropy, Tensor(c!) top, Tensor(d!) total) -> ()");
+    m.def(
+        "row_gradient(Tensor z, Tensor(a!) out, Tensor? index, Tensor? bias, Tensor targets, Tensor? temperature,"
+        " Tensor? mask, float softcap, Tensor entropy, Tensor top, Tensor total, Tensor c, Tensor? e) -> ()");
+    m.def(
+        "row_loss(Tensor z, Tensor(a!) out, Tensor? bias, Tensor targets, Tensor? temperature, Tensor? mask,"
+        " float softcap, Tensor(b!) logp, Tensor(c!) entropy, Tensor(d!) losses, Tensor(e!) c, Tensor(f!)? e,"
+        " Tensor? advantages, Tensor? old, Tensor? ref, Tensor? rollout, Tensor weight, int surrogate, int kl,"
+        " bool kl_bias, int correction, float[] numbers, int resident) -> ()");
     m.def("scale_(Tensor(a!) x, Tensor by) -> ()");
     m.def("pack_embeddings(Tensor ids, Tensor table, Tensor? features, Tensor feature_index, Tensor(a!) out) -> ()");
     m.def("gather_pair(Tensor key, Tensor value, Tensor index, Tensor(a!) key_out, Tensor(b!) value_out) -> ()");
-    m.def("segment_sums(Tensor order, Tensor indptr, Tensor first, Tensor? second, Tensor(a!) first_out,"
-          " Tensor(b!)? second_out) -> ()");
-    m.def("mrope(Tensor q, Tensor? k, Tensor positions, Tensor inv_freq, Tensor axis, float scaling, bool inverse,"
-          " Tensor(a!) q_out, Tensor(b!)? k_out) -> ()");
+    m.def(
+        "segment_sums(Tensor order, Tensor indptr, Tensor first, Tensor? second, Tensor(a!) first_out,"
+        " Tensor(b!)? second_out) -> ()");
+    m.def(
+        "mrope(Tensor q, Tensor? k, Tensor positions, Tensor inv_freq, Tensor axis, float scaling, bool inverse,"
+        " Tensor(a!) q_out, Tensor(b!)? k_out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(revisual_fast_cuda, CompositeExplicitAutograd, m) {

@@ -1,85 +1,15 @@
-// Kernels around packed rows: their input embeddings, the keys and values of shared prompts, the sums that are the
-// gradients of both, and M-RoPE. All are bound by the bytes they move; none uses atomics.
+// Launches the kernels of packing_kernels.cuh.
 #define REVISUAL_TORCH
 #include <algorithm>
 
-#include "packing.cuh"
+#include "packing_kernels.cuh"
 
 using namespace revisual;
 
 namespace {
 
-constexpr int THREADS = 256;  // of the widest block
-constexpr int BLOCKS = 4;     // of sums on a multiprocessor: enough registers each to have several rows in flight
-
-template <int N, typename T>
-__global__ void pack_embeddings_kernel(Embedding<T> from, T* out, int64_t width) {
-    const int64_t t = blockIdx.x;
-    copy_row<N>(embedding_at(from, t), out + t * width, width, threadIdx.x, blockDim.x);
-}
-
-// One block a row and tensor: blockIdx.y says which of the two.
-template <int N, typename T>
-__global__ void gather_pair_kernel(const int64_t* index, Rows<const T> key, Rows<const T> value, T* key_out,
-                                   T* value_out, int64_t key_width, int64_t value_width) {
-    const int64_t row = blockIdx.x;
-    if (blockIdx.y == 0) {
-        copy_row<N>(row_at(key, index[row]), key_out + row * key_width, key_width, threadIdx.x, blockDim.x);
-    } else {
-        copy_row<N>(row_at(value, index[row]), value_out + row * value_width, value_width, threadIdx.x, blockDim.x);
-    }
-}
-
-// One block a segment and tensor: blockIdx.y says which of the two, in a branch, since choosing between the structures
-// would put them on the stack and make every access one of unknown memory.
-template <int N, typename T, typename U>
-__global__ void __launch_bounds__(THREADS, BLOCKS) segment_sums_kernel(Sums<T, U> one, Sums<T, U> two) {
-    if (blockIdx.y == 0) {
-        sum_short<N>(one, blockIdx.x, threadIdx.x, blockDim.x);
-    } else {
-        sum_short<N>(two, blockIdx.x, threadIdx.x, blockDim.x);
-    }
-}
-
-// One block for every chunk of entries, 32 N columns and tensor. Few chunks have a segment that begins there and is
-// long; the blocks of the others have nothing to do.
-template <int N, typename T, typename U>
-__global__ void __launch_bounds__(THREADS, BLOCKS) long_sums_kernel(Sums<T, U> one, Sums<T, U> two) {
-    __shared__ float partial[THREADS * N];
-    const int64_t segment = long_segment(one, blockIdx.x), tile = int64_t(blockIdx.y) * 32 * N;
-    if (segment == -1) return;  // all threads of the block
-    if (blockIdx.z == 0) {
-        sum_long<N>(one, segment, tile, threadIdx.x, THREADS, partial);
-        __syncthreads();
-        sum_partial<N>(one, segment, tile, threadIdx.x, THREADS, partial);
-    } else {
-        sum_long<N>(two, segment, tile, threadIdx.x, THREADS, partial);
-        __syncthreads();
-        sum_partial<N>(two, segment, tile, threadIdx.x, THREADS, partial);
-    }
-}
-
-// One block a token: its angles once, for all heads of q and k.
-template <int N, typename T>
-__global__ void mrope_kernel(Angles angles, Heads<T> q, Heads<T> k) {
-    extern __shared__ float table[];  // cosines, then sines
-    const int64_t t = blockIdx.x;
-    for (int i = threadIdx.x; i < angles.half; i += blockDim.x) fill_table(angles, t, i, table);
-    __syncthreads();
-    const int groups = angles.half / N, q_jobs = q.count * groups, jobs = q_jobs + k.count * groups;
-    for (int job = threadIdx.x; job < jobs; job += blockDim.x) {
-        if (job < q_jobs) {
-            rotate<N>(q, t, job, angles.half, table);
-        } else {
-            rotate<N>(k, t, job - q_jobs, angles.half, table);
-        }
-    }
-}
-
-// Host side
-
 // Enough threads for `work` items of one block, in whole warps.
-int threads_for(int64_t work) { return int(std::clamp<int64_t>((work + 31) / 32 * 32, 32, THREADS)); }
+int threads_for(int64_t work) { return int(std::clamp<int64_t>((work + 31) / 32 * 32, 32, MOST_THREADS)); }
 
 unsigned blocks_for(int64_t rows) {
     REVISUAL_CHECK(rows < (int64_t(1) << 31), "too many rows for one launch");
@@ -145,7 +75,7 @@ void launch_sums(const Sums<T, U>& one, const Sums<T, U>& two, int64_t entries, 
         const int64_t tiles = (width + 32 * N - 1) / (32 * N);
         REVISUAL_CHECK(tiles < 65536, "rows are too wide");
         const dim3 chunks(blocks_for(entries / LONG_SEGMENT), unsigned(tiles), tensors);
-        long_sums_kernel<N><<<chunks, THREADS, 0, stream>>>(one, two);
+        long_sums_kernel<N><<<chunks, MOST_THREADS, 0, stream>>>(one, two);
         REVISUAL_CUDA(cudaGetLastError());
     });
 }
@@ -158,8 +88,13 @@ Heads<T> heads_of(const Tensor& in, const Tensor& out, const char* name) {
     REVISUAL_CHECK(in.dim() == 3 && out.dim() == 3, what + " must be [T, heads, d]");
     for (int i = 0; i < 3; ++i) REVISUAL_CHECK(in.size(i) == out.size(i), what + "'s output has another shape");
     REVISUAL_CHECK(in.stride(2) == 1 && out.stride(2) == 1, what + "'s heads must be contiguous");
-    return {static_cast<const T*>(in.data_ptr()), static_cast<T*>(out.data_ptr()), int(in.size(1)),
-            in.stride(0), in.stride(1), out.stride(0), out.stride(1)};
+    return {static_cast<const T*>(in.data_ptr()),
+            static_cast<T*>(out.data_ptr()),
+            int(in.size(1)),
+            in.stride(0),
+            in.stride(1),
+            out.stride(0),
+            out.stride(1)};
 }
 
 template <typename T>
@@ -256,8 +191,9 @@ void mrope(Tensor q, Optional k, Tensor positions, Tensor inv_freq, Tensor axis,
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     REVISUAL_CHECK(q.size(2) == 2 * half && half <= 6144, "inv_freq must be [d / 2], with d at most 12288");
     REVISUAL_CHECK(k.has_value() == k_out.has_value(), "k's output goes with k");
-    REVISUAL_CHECK(!k.has_value() || (k->scalar_type() == q.scalar_type() && k->size(0) == tokens &&
-                                      k->size(2) == 2 * half), "k does not fit q");
+    REVISUAL_CHECK(
+        !k.has_value() || (k->scalar_type() == q.scalar_type() && k->size(0) == tokens && k->size(2) == 2 * half),
+        "k does not fit q");
     REVISUAL_CHECK(positions.is_cuda() && positions.scalar_type() == ScalarType::Long && positions.dim() == 2 &&
                        positions.size(0) == 3 && positions.size(1) == tokens,
                    "positions must be [3, T] int64 on a CUDA device");
@@ -277,8 +213,8 @@ void mrope(Tensor q, Optional k, Tensor positions, Tensor inv_freq, Tensor axis,
         with_vector<T>(half % VECTOR<T> == 0 && aligned(of_q) && aligned(of_k), [&](auto n) {
             constexpr int N = decltype(n)::value;
             const int threads = threads_for((of_q.count + of_k.count) * (half / N));
-            mrope_kernel<N><<<blocks_for(tokens), threads, 2 * half * sizeof(float), current_stream(q)>>>(
-                angles, of_q, of_k);
+            mrope_kernel<N>
+                <<<blocks_for(tokens), threads, 2 * half * sizeof(float), current_stream(q)>>>(angles, of_q, of_k);
             REVISUAL_CUDA(cudaGetLastError());
         });
     });

@@ -23,14 +23,15 @@ HOST_DEVICE const T* row_at(const Rows<const T>& rows, int64_t i) {
     return i >= 0 && i < rows.count ? rows.data + i * rows.stride : nullptr;
 }
 
+// N elements as one access takes them.
 template <int N, typename T>
-HOST_DEVICE Pack<T, N> load_pack(const T* at) {
-    return *reinterpret_cast<const Pack<T, N>*>(at);
+HOST_DEVICE const Pack<T, N>* pack_at(const T* place) {
+    return reinterpret_cast<const Pack<T, N>*>(place);
 }
 
 template <int N, typename T>
-HOST_DEVICE void store_pack(T* at, const Pack<T, N>& pack) {
-    *reinterpret_cast<Pack<T, N>*>(at) = pack;
+HOST_DEVICE Pack<T, N>* pack_at(T* place) {
+    return reinterpret_cast<Pack<T, N>*>(place);
 }
 
 // This thread's share of one row, N elements at a time; nan where there is no row to copy.
@@ -41,9 +42,9 @@ HOST_DEVICE void copy_row(const T* row, T* out, int64_t width, int thread, int t
         if (row == nullptr) {
             for (int i = 0; i < N; ++i) pack.at[i] = from_float<T>(float_of(0x7fc00000));
         } else {
-            pack = load_pack<N>(row + column);
+            pack = load(pack_at<N>(row + column));
         }
-        store_pack<N>(out + column, pack);
+        store(pack_at<N>(out + column), pack);
     }
 }
 
@@ -105,13 +106,16 @@ HOST_DEVICE void add_rows(const Sums<T, U>& sums, int64_t first, int64_t last, i
     int64_t entry = first;
     for (; entry + (AHEAD - 1) * step < last; entry += AHEAD * step) {
         Pack<T, N> packs[AHEAD];
-        for (int j = 0; j < AHEAD; ++j) packs[j] = load_pack<N>(from + sums.order[entry + j * step] * sums.from.stride);
+        for (int j = 0; j < AHEAD; ++j) {
+            packs[j] = load(pack_at<N>(from + sums.order[entry + j * step] * sums.from.stride));
+        }
         for (const Pack<T, N>& pack : packs) {
             for (int i = 0; i < N; ++i) total[i] += to_float(pack.at[i]);
         }
     }
+#pragma unroll 1  // fewer than AHEAD
     for (; entry < last; entry += step) {
-        const Pack<T, N> pack = load_pack<N>(from + sums.order[entry] * sums.from.stride);
+        const Pack<T, N> pack = load(pack_at<N>(from + sums.order[entry] * sums.from.stride));
         for (int i = 0; i < N; ++i) total[i] += to_float(pack.at[i]);
     }
 }
@@ -124,7 +128,7 @@ HOST_DEVICE void store_sums(const Sums<T, U>& sums, int64_t segment, int64_t col
     for (int start = 0; start < N; start += M) {
         Pack<U, M> pack;
         for (int i = 0; i < M; ++i) pack.at[i] = from_float<U>(total[start + i]);
-        store_pack<M>(out + start, pack);
+        store(pack_at<M>(out + start), pack);
     }
 }
 
@@ -213,15 +217,15 @@ HOST_DEVICE void rotate(const Heads<T>& heads, int64_t t, int job, int half, con
     const int groups = half / N, head = job / groups, first = (job % groups) * N;
     const T* in = heads.in + t * heads.in_token + head * heads.in_head + first;
     T* out = heads.out + t * heads.out_token + head * heads.out_head + first;
-    Pack<T, N> a = load_pack<N>(in), b = load_pack<N>(in + half);
+    Pack<T, N> a = load(pack_at<N>(in)), b = load(pack_at<N>(in + half));
     for (int i = 0; i < N; ++i) {
         const float x = to_float(a.at[i]), y = to_float(b.at[i]);
         const float cosine = table[first + i], sine = table[half + first + i];
         a.at[i] = from_float<T>(x * cosine - y * sine);
         b.at[i] = from_float<T>(y * cosine + x * sine);
     }
-    store_pack<N>(out, a);
-    store_pack<N>(out + half, b);
+    store(pack_at<N>(out), a);
+    store(pack_at<N>(out + half), b);
 }
 
 }  // namespace revisual

@@ -1,12 +1,12 @@
 // The whole loss in one kernel that reads a row once: its logits stay in the shared memory of a thread-block cluster
 // between the statistics and the gradient. 4 bytes a bf16 logit.
 //
-// A persistent cluster takes one row after another. Each of its blocks holds a share of the row, brought by one bulk copy
-// that reports to an mbarrier, one or two rows ahead. Every warp sends its partial sums to all blocks; when the mbarrier
-// of a block has seen all of them, its threads add them up, evaluate the objective and write the gradient of their share.
-// (A cluster barrier would do as well, but its fence waits for the gradient of the row before to reach memory.) The
-// partial sums have two places, used in turn: who sends to a place again has received the sums of the row in between,
-// which every warp sent after it had read that place.
+// A persistent cluster takes one row after another. Each of its blocks holds a share of the row, brought by one bulk
+// copy that reports to an mbarrier, one or two rows ahead. Every warp sends its partial sums to all blocks; when the
+// mbarrier of a block has seen all of them, its threads add them up, evaluate the objective and write the gradient of
+// their share. (A cluster barrier would do as well, but its fence waits for the gradient of the row before to reach
+// memory.) The partial sums have two places, used in turn: who sends to a place again has received the sums of the row
+// in between, which every warp sent after it had read that place.
 #pragma once
 
 #include "cluster.cuh"
@@ -16,7 +16,7 @@ namespace revisual {
 
 // What a block does with one row after the other.
 template <typename Z, typename G, bool FULL>
-__global__ void __launch_bounds__(WARP * MOST_WARPS, 2)
+__global__ void __launch_bounds__(WARP* MOST_WARPS, 2)
     cluster_loss_kernel(Logits<Z> logits, G* out, int64_t out_stride, StatisticsOut statistics, Loss loss,
                         ClusterPlan plan) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(WARP * MOST_WARPS, 2)
     }
     cluster_sync();  // every block of the cluster has begun, and its barriers exist
 
-    // What a row's work begins with, as it lies in memory: loads that nobody waits for until the row's turn has come. The
-    // target's logit follows when its column has arrived, a row ahead.
+    // What a row's work begins with, as it lies in memory: loads that nobody waits for until the row's turn has come.
+    // The target's logit follows when its column has arrived, a row ahead.
     struct Ahead {
         unsigned char counts = 0;
         int64_t target = 0;
@@ -111,8 +111,12 @@ __global__ void __launch_bounds__(WARP * MOST_WARPS, 2)
                 loss.write(index, r);
             }
             const RowGradient gradient(found, read.scale, r.c, r.e, now.temperature);
-            write_packs<1>(stage_of(stage), share.count, column, out_row + column, target, gradient, read, thread,
-                           blockDim.x);
+            if (gradient.is_zero()) {
+                write_zeros(out_row + column, share.count * VECTOR<Z>);
+            } else {
+                write_packs<1>(stage_of(stage), share.count, column, out_row + column, target, gradient, read, thread,
+                               blockDim.x);
+            }
             if (edge >= 0) out_row[edge] = gradient_of<Z, G>(edge_logit, edge, target, gradient, read);
         } else {
             barrier_wait(&full[stage], parity);  // nothing was asked for: it keeps the phases in step

@@ -1,4 +1,5 @@
-// What the row kernels take, and the steps that all of them have: reading what belongs to a row, adding up over a block.
+// What the row kernels take, and the steps that all of them have: reading what belongs to a row, adding up over a
+// block.
 #pragma once
 
 #include "objective.cuh"
@@ -94,7 +95,8 @@ __device__ inline RowSum sum_of(const float4* partial, int count) {
 
 // Statistics of a row whose sums and raw target logit are known; nan where there is no such target.
 template <bool FULL>
-__device__ RowStatistics row_statistics_of(const RowSum& sum, const Reader<FULL>& read, float target_logit, int target) {
+__device__ RowStatistics row_statistics_of(const RowSum& sum, const Reader<FULL>& read, float target_logit,
+                                           int target) {
     RowStatistics s = statistics_of(sum, read.scale, read(target_logit, target < 0 ? 0 : target));
     if (target < 0) s.logp = NAN;
     return s;

@@ -25,12 +25,14 @@ __device__ RowSum block_sum(const Z* row, const Span<Z>& span, const Reader<FULL
     return sum_of(partial, blockDim.x / WARP);
 }
 
+// The gradient of a row; zeros, without reading the row again, where it is 0.
 template <typename Z, typename G, bool FULL>
-__device__ void block_gradient(const Z* row, const Span<Z>& span, G* out, int target, const RowGradient& gradient,
-                               const Reader<FULL>& read) {
+__device__ void block_gradient(const Z* row, const Span<Z>& span, G* out, int V, int target,
+                               const RowGradient& gradient, const Reader<FULL>& read) {
+    if (gradient.is_zero()) return write_zeros(out, V);
     const auto* packs = reinterpret_cast<const Pack<Z, VECTOR<Z>>*>(row + span.head);
-    write_packs<FULL ? 1 : IN_FLIGHT>(packs, span.packs, span.head, out + span.head, target, gradient, read, threadIdx.x,
-                           blockDim.x);
+    write_packs<FULL ? 1 : IN_FLIGHT>(packs, span.packs, span.head, out + span.head, target, gradient, read,
+                                      threadIdx.x, blockDim.x);
     if (int(threadIdx.x) < span.edge()) {
         const int column = span.edge_column(threadIdx.x);
         out[column] = gradient_of<Z, G>(row[column], column, target, gradient, read);
@@ -38,7 +40,7 @@ __device__ void block_gradient(const Z* row, const Span<Z>& span, G* out, int ta
 }
 
 template <typename Z, bool FULL>
-__global__ void __launch_bounds__(WARP * MOST_WARPS, 2) statistics_kernel(Logits<Z> logits, StatisticsOut out) {
+__global__ void __launch_bounds__(WARP* MOST_WARPS, 2) statistics_kernel(Logits<Z> logits, StatisticsOut out) {
     const int64_t index = blockIdx.x;
     if (!logits.counts(index)) {
         if (threadIdx.x == 0) out.write(index, {0.0f, 0.0f, 0.0f, 1.0f});
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(WARP * MOST_WARPS, 2) statistics_kernel(Logits
 }
 
 template <typename Z, typename G, bool FULL>
-__global__ void __launch_bounds__(WARP * MOST_WARPS, 2)
+__global__ void __launch_bounds__(WARP* MOST_WARPS, 2)
     gradient_kernel(Logits<Z> logits, G* out, int64_t out_stride, const int64_t* rows, const float* entropy,
                     const float* top, const float* sum, const float* c, const float* e) {
     const int64_t place = blockIdx.x, index = rows == nullptr ? place : rows[place];
@@ -63,11 +65,12 @@ __global__ void __launch_bounds__(WARP * MOST_WARPS, 2)
     const RowStatistics s{0.0f, entropy[index], top[index], sum[index]};
     const RowGradient gradient(s, read.scale, c[index], e == nullptr ? 0.0f : e[index], temperature);
     const Z* row = logits.row(index);
-    block_gradient(row, Span<Z>(row, logits.V), out + place * out_stride, logits.target_of(index), gradient, read);
+    block_gradient(row, Span<Z>(row, logits.V), out + place * out_stride, logits.V, logits.target_of(index), gradient,
+                   read);
 }
 
 template <typename Z, typename G, bool FULL>
-__global__ void __launch_bounds__(WARP * MOST_WARPS, 2)
+__global__ void __launch_bounds__(WARP* MOST_WARPS, 2)
     loss_kernel(Logits<Z> logits, G* out, int64_t out_stride, StatisticsOut statistics, Loss loss) {
     const int64_t index = blockIdx.x;
     G* out_row = out + index * out_stride;
@@ -91,7 +94,7 @@ __global__ void __launch_bounds__(WARP * MOST_WARPS, 2)
         statistics.write(index, s);
         loss.write(index, r);
     }
-    block_gradient(row, span, out_row, target, RowGradient(s, read.scale, r.c, r.e, temperature), read);
+    block_gradient(row, span, out_row, logits.V, target, RowGradient(s, read.scale, r.c, r.e, temperature), read);
 }
 
 }  // namespace revisual

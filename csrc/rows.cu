@@ -61,14 +61,19 @@ void row_loss(Tensor z, Tensor out, Optional bias, Tensor targets, Optional temp
         const Beside beside(z);
         const StatisticsOut statistics{beside(logp, "logp"), beside(entropy, "entropy"), nullptr, nullptr};
         const Loss loss{objective_of(surrogate, kl, kl_bias, correction, e.has_value(), numbers),
-                        beside(advantages, "advantages"), beside(old, "old_logp"), beside(ref, "ref_logp"),
-                        beside(rollout, "rollout"), beside(weight, "weight"), beside(losses, "losses"), beside(c, "c"),
+                        beside(advantages, "advantages"),
+                        beside(old, "old_logp"),
+                        beside(ref, "ref_logp"),
+                        beside(rollout, "rollout"),
+                        beside(weight, "weight"),
+                        beside(losses, "losses"),
+                        beside(c, "c"),
                         beside(e, "e")};
         if (logits.n == 0) return;
         G* places = static_cast<G*>(out.data_ptr());
         const cudaStream_t stream = current_stream(z);
-        const bool once = resident > 0 && launch_cluster_loss(logits, places, out.stride(0), statistics, loss,
-                                                              int(resident), stream);
+        const bool once =
+            resident > 0 && launch_cluster_loss(logits, places, out.stride(0), statistics, loss, int(resident), stream);
         if (once) return;
         auto* kernel = is_full(logits) ? loss_kernel<Z, G, true> : loss_kernel<Z, G, false>;
         kernel<<<unsigned(logits.n), threads_for(logits.V), 0, stream>>>(logits, places, out.stride(0), statistics,

@@ -1,9 +1,9 @@
 // The mathematics of a row of logits: its statistics and its gradient, as every row kernel uses them.
 //
 // Exponents are kept to base 2: x = z log2(e) / T, so that a probability costs one multiply-add and one ex2. A row is
-// read in aligned packs of 16 bytes; the few elements before and after them, its edge, are read one by one, so that rows
-// may begin anywhere. What a thread does with its share of a row is a function of the thread's number: the tests run all
-// threads one after the other on the host.
+// read in aligned packs of 16 bytes; the few elements before and after them, its edge, are read one by one, so that
+// rows may begin anywhere. What a thread does with its share of a row is a function of the thread's number: the tests
+// run all threads one after the other on the host.
 #pragma once
 
 #include <cmath>
@@ -156,6 +156,8 @@ struct RowGradient {
         b = -share * LN2 / s.sum;
     }
 
+    HOST_DEVICE bool is_zero() const { return a == 0.0f && b == 0.0f && c == 0.0f; }
+
     HOST_DEVICE float at(float z) const {
         const float d = fmaf(z, scale, -top);
         return exp2_of(d) * fmaf(b, d, a);
@@ -239,13 +241,14 @@ HOST_DEVICE G gradient_of(T element, int column, int target, const RowGradient& 
 // Writes a pack to any place: at once if that is aligned, else one by one.
 template <typename G, int N>
 HOST_DEVICE void store_anywhere(G* place, const Pack<G, N>& pack) {
-    if (reinterpret_cast<uintptr_t>(place) % sizeof(pack) == 0) return store(reinterpret_cast<Pack<G, N>*>(place), pack);
+    if (reinterpret_cast<uintptr_t>(place) % sizeof(pack) == 0)
+        return store(reinterpret_cast<Pack<G, N>*>(place), pack);
 #pragma unroll
     for (int i = 0; i < N; ++i) place[i] = pack.at[i];
 }
 
-// Thread `thread` of `threads` writes the gradient of its share of `count` packs to `out`, where that of the first begins.
-// The packs are read from the last to the first: the last ones are still in a cache.
+// Thread `thread` of `threads` writes the gradient of its share of `count` packs to `out`, where that of the first
+// begins. The packs are read from the last to the first: the last ones are still in a cache.
 template <int IN_FLIGHT, typename T, typename G, bool FULL>
 HOST_DEVICE void write_packs(const Pack<T, VECTOR<T>>* packs, int count, int column, G* out, int target,
                              const RowGradient& gradient, const Reader<FULL>& read, int thread, int threads) {
@@ -272,12 +275,12 @@ HOST_DEVICE void write_packs(const Pack<T, VECTOR<T>>* packs, int count, int col
 // How the cluster kernel lays a row of V elements into shared memory.
 struct ClusterPlan {
     int blocks, stages;  // blocks of a cluster; rows that a block holds at a time. blocks = 0: it does not pay, or fit
-    int packs;           // of a block's share, at most
+    int packs;  // of a block's share, at most
 
     HOST_DEVICE size_t bytes() const { return size_t(stages) * packs * 16; }
 };
 
-constexpr int MOST_BLOCKS = 8;           // what every device with clusters can do
+constexpr int MOST_BLOCKS = 8;  // what every device with clusters can do
 constexpr int SHORTEST_ROW = 32 * 1024;  // bytes; a shorter row stays in the first cache between two readings
 
 // The smallest cluster whose blocks hold `stages` stages in `shared` bytes each.
@@ -294,7 +297,8 @@ HOST_DEVICE ClusterPlan smallest_cluster(int V, int element_bytes, int stages, i
 // neighbours. Else one, of `whole` bytes; and one stage only where eight blocks cannot hold two.
 HOST_DEVICE ClusterPlan plan_cluster(int V, int element_bytes, int half, int whole) {
     if (int64_t(V) * element_bytes < SHORTEST_ROW) return {0, 0, 0};
-    const ClusterPlan two = smallest_cluster(V, element_bytes, 2, half), one = smallest_cluster(V, element_bytes, 2, whole);
+    const ClusterPlan two = smallest_cluster(V, element_bytes, 2, half),
+                      one = smallest_cluster(V, element_bytes, 2, whole);
     return two.blocks > 0 ? two : one.blocks > 0 ? one : smallest_cluster(V, element_bytes, 1, whole);
 }
 

@@ -59,9 +59,9 @@ bool launch_cluster_loss(const Logits<Z>& logits, G* out, int64_t out_stride, co
     return true;
 }
 
-#define REVISUAL_CLUSTER(Z, G)                                                                               \
-    template bool launch_cluster_loss<Z, G>(const Logits<Z>&, G*, int64_t, const StatisticsOut&, const Loss&, \
-                                            int, cudaStream_t);
+#define REVISUAL_CLUSTER(Z, G)                                                                                     \
+    template bool launch_cluster_loss<Z, G>(const Logits<Z>&, G*, int64_t, const StatisticsOut&, const Loss&, int, \
+                                            cudaStream_t);
 REVISUAL_CLUSTER(bf16, bf16)
 REVISUAL_CLUSTER(fp16, fp16)
 REVISUAL_CLUSTER(float, float)

@@ -21,7 +21,8 @@ struct Beside {
 
 inline void check_rows(const Tensor& z, const char* name) {
     REVISUAL_CHECK(z.is_cuda() && z.dim() == 2, std::string(name) + " must be [n, V] on a CUDA device");
-    REVISUAL_CHECK(z.size(1) >= 1 && z.size(1) < (int64_t(1) << 31) - 64, std::string(name) + " has too few or too many columns");
+    REVISUAL_CHECK(z.size(1) >= 1 && z.size(1) < (int64_t(1) << 31) - 64,
+                   std::string(name) + " has too few or too many columns");
     REVISUAL_CHECK(z.size(1) == 1 || z.stride(1) == 1, std::string(name) + " must have contiguous rows");
     REVISUAL_CHECK(z.size(0) < (int64_t(1) << 31), std::string(name) + " has too many rows for a grid");
 }

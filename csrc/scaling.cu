@@ -17,7 +17,7 @@ void scale_(Tensor x, Tensor by) {
         using T = decltype(element);
         const int64_t rows = x.size(0), columns = x.size(1);
         if (rows == 0 || columns == 0) return;
-        const int64_t wanted = columns / (THREADS * VECTOR<T>) + 1, across = wanted < BLOCKS ? wanted : BLOCKS;
+        const int64_t wanted = columns / (THREADS * VECTOR<T>)+1, across = wanted < BLOCKS ? wanted : BLOCKS;
         const int64_t down = BLOCKS / across < rows ? BLOCKS / across : rows;
         scale_kernel<<<dim3(unsigned(across), unsigned(down)), THREADS, 0, current_stream(x)>>>(
             static_cast<T*>(x.data_ptr()), rows, columns, x.stride(0), static_cast<const float*>(by.data_ptr()));

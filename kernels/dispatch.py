@@ -10,6 +10,9 @@ import torch
 
 from revisual_fast.kernels.cuda_library import cuda_problem
 
+CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What the CUDA kernels compute with."""
+
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 

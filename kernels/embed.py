@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from revisual_fast.kernels.row_sums import RowMap, packing_backend, row_sums, rows_or_nan
-from revisual_fast.ranges import ranged
+from revisual_fast.kernels.row_sums import packing_backend, row_sums, rows_or_nan
+from revisual_fast.ranges import ranged, span
 
 __all__ = ["pack_embeddings"]
 
@@ -34,8 +34,8 @@ def pack_embeddings(
     Features of another dtype are rounded to the table's, and their gradient comes in their own. A row that takes a
     feature gives nothing to the table, nor does one whose id is ``padding_idx`` (as in ``nn.Embedding``). ``auto`` is
     cuda, triton or torch on a CUDA device, the first that can run, and torch elsewhere. Numbers outside the table or
-    the features are refused on the CPU; on CUDA, where a check would wait for the device, they give a row of nan.
-    Raises ValueError for what does not fit.
+    the features are refused on the CPU; on CUDA, where a check would wait for the device, and under ``torch.compile``
+    they give a row of nan. Raises ValueError for what does not fit.
     """
     _check(ids, table, features, feature_index)
     return _PackEmbeddings.apply(ids, table, features, feature_index, packing_backend(backend, table), padding_idx)
@@ -58,7 +58,7 @@ def _check(ids: Tensor, table: Tensor, features: Tensor | None, feature_index: T
                 f"got {list(features.shape)} {features.dtype} on {features.device}"
             )
         n_features = len(features)
-    if ids.device.type != "cpu":
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     by_id = feature_index == -1
     for name, x, first, limit in (("ids", ids[by_id], 0, len(table)), ("feature_index", feature_index, -1, n_features)):
@@ -103,11 +103,12 @@ class _PackEmbeddings(torch.autograd.Function):
         ids, feature_index = ctx.saved_tensors
         n_features, features_dtype = ctx.features
         d_table = d_features = None
-        if ctx.needs_input_grad[1]:
-            by_id = feature_index == -1
-            if ctx.padding_idx is not None:
-                by_id &= ids != ctx.padding_idx
-            (d_table,) = row_sums([d_out], RowMap(torch.where(by_id, ids, -1), ctx.vocab), d_out.dtype, ctx.backend)
-        if ctx.needs_input_grad[2]:
-            (d_features,) = row_sums([d_out], RowMap(feature_index, n_features), features_dtype, ctx.backend)
+        with span("revisual_fast.pack_embeddings_backward"):
+            if ctx.needs_input_grad[1]:
+                by_id = feature_index == -1
+                if ctx.padding_idx is not None:
+                    by_id &= ids != ctx.padding_idx
+                (d_table,) = row_sums([d_out], torch.where(by_id, ids, -1), ctx.vocab, d_out.dtype, ctx.backend)
+            if ctx.needs_input_grad[2]:
+                (d_features,) = row_sums([d_out], feature_index, n_features, features_dtype, ctx.backend)
         return None, d_table, d_features, None, None, None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from revisual_fast.kernels.row_sums import RowMap, packing_backend, row_sums
+from revisual_fast.kernels.row_sums import packing_backend, row_sums
 from revisual_fast.ranges import ranged
 
 __all__ = ["GatherRows", "gather_rows", "gather_rows_backward"]
@@ -30,8 +30,8 @@ def gather_rows(
     """``hidden[rows]``, ``[N, D]``, differentiable in ``hidden``; ``backend`` says what computes the gradient.
 
     ``auto`` is cuda, triton or torch on a CUDA device, the first that can run, and torch elsewhere. That rows lie in
-    ``[0, T)`` is checked on the CPU only, where it costs no sync. Raises ValueError for shapes, dtypes, rows or a
-    backend that do not fit.
+    ``[0, T)`` is checked on the CPU only, where it costs no sync, and not under ``torch.compile``. Raises ValueError
+    for shapes, dtypes, rows or a backend that do not fit.
     """
     if hidden.ndim != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be [T, D] of floating-point numbers; got {list(hidden.shape)} {hidden.dtype}")
@@ -40,7 +40,7 @@ def gather_rows(
             f"rows must be [N] int64 on {hidden.device}, as hidden; "
             f"got {list(rows.shape)} {rows.dtype} on {rows.device}"
         )
-    if rows.device.type == "cpu" and len(rows) > 0:
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and len(rows) > 0:
         low, high = (int(bound) for bound in rows.aminmax())
         if low < 0 or high >= len(hidden):
             raise ValueError(f"rows must lie in [0, {len(hidden)}), hidden's rows; they go from {low} to {high}")
@@ -58,7 +58,7 @@ def gather_rows_backward(
 
     Raises ValueError for a backend that cannot run here.
     """
-    (total,) = row_sums([d_out], RowMap(rows.contiguous(), n_rows), d_out.dtype, backend)
+    (total,) = row_sums([d_out], rows, n_rows, d_out.dtype, backend)
     return total
 
 

@@ -7,7 +7,8 @@ Qwen2-VL, arXiv 2409.12191, section 2.1. With ``half = d / 2`` frequencies, toke
 
 Angles are computed where they are used, once a token, so that no ``[T, d]`` tables of cosines lie in memory. They are
 exact products in fp64, reduced to a quarter turn there, so that cosine and sine are right to fp32's last place at any
-position; everything else is fp32 (all fp64 for fp64), rounded once to the dtype of q and k.
+position; everything else is fp32 (all fp64 for fp64), rounded once to the dtype of q and k. Ops by themselves: the
+models that ``revisual_fast.policy`` loads bring their own rotation.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from revisual_fast.kernels.dispatch import CUDA_DTYPES
 from revisual_fast.kernels.plan import statistics_dtype
-from revisual_fast.kernels.row_sums import CUDA_DTYPES, packing_backend
-from revisual_fast.ranges import ranged
+from revisual_fast.kernels.row_sums import packing_backend
+from revisual_fast.ranges import ranged, span
 
 __all__ = ["mrope", "mrope_", "mrope_axis"]
+
+
+# the compiler loses the gradient where forward makes a copy_, or a .to() that changes nothing
+_uncompiled = torch.compiler.disable(reason="the gradient of a compiled M-RoPE would be 0 in some torch releases")
 
 
 def mrope_axis(section: Sequence[int], interleaved: bool = False) -> Tensor:
@@ -79,11 +85,13 @@ class _Rotation:
         given = [x if x.stride(-1) == 1 else x.contiguous() for x in upstream if x is not None]
         turned = [_like(x) for x in given]
         if given:
-            self.apply(given, turned, inverse=True)
+            with span("revisual_fast.mrope_backward"):
+                self.apply(given, turned, inverse=True)
         rest = iter(turned)
         return [None if x is None else next(rest) for x in upstream]
 
 
+@_uncompiled
 @ranged("revisual_fast.mrope")
 def mrope(
     q: Tensor,  # [T, H, d] bf16, fp16, fp32 or fp64
@@ -94,14 +102,16 @@ def mrope(
     scaling: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`mrope_`, into new tensors with the strides of q and k. In training the one to take for q and k that are
-    views of a projection: it moves as many bytes, and spares the backward pass the copies that autograd makes for views
-    that were changed in place.
+    """As :func:`mrope_`, into new tensors with the strides of q and k; q and k may share memory, and be leaves, views
+    or expanded. For q and k that are views of a projection it is the one to take where a gradient is wanted: it moves
+    as many bytes, and spares the backward pass the copies that autograd makes for views that were changed in place.
+    Like that op, it breaks the graph of ``torch.compile``.
     """
     rotation = _rotation(q, k, positions, inv_freq, axis, scaling, backend)
     return _OutOfPlace.apply(q, k, rotation)
 
 
+@_uncompiled
 @ranged("revisual_fast.mrope_")
 def mrope_(
     q: Tensor,  # [T, H, d] bf16, fp16, fp32 or fp64
@@ -115,9 +125,15 @@ def mrope_(
     """Apply M-RoPE to q and k in place and return them; differentiable. For autograd, too, q and k are changed.
 
     Any strides over tokens and heads will do, so that ``x[0].transpose(0, 1)`` serves for ``x [1, H, T, d]``. ``auto``
-    is cuda, triton or torch on a CUDA device, the first that can run, and torch elsewhere; fp64 runs on torch. Raises
-    ValueError for what does not fit, and for tensors that cannot be changed in place: leaves that require a gradient,
-    and expanded ones.
+    is cuda, triton or torch on a CUDA device, the first that can run, and torch elsewhere; fp64 runs on torch. A
+    frequency whose axis is not 0, 1 or 2 gives nan.
+
+    Under ``torch.compile`` both ops break the graph and run as they are: in some torch releases (2.11 is one) the
+    compiler makes the gradient of such functions 0. With ``fullgraph=True`` it refuses them.
+
+    Raises ValueError for what does not fit, and for tensors that cannot be changed in place: leaves that require a
+    gradient, expanded ones, and q and k that share memory. Autograd itself refuses, by a RuntimeError, the outputs of
+    ``split``, ``chunk`` and ``unbind``, and views of a leaf; for all of these there is :func:`mrope`.
     """
     rotation = _rotation(q, k, positions, inv_freq, axis, scaling, backend)
     for name, x in (("q", q), ("k", k)):
@@ -125,6 +141,8 @@ def mrope_(
             raise ValueError(f"{name} is a leaf that requires a gradient and cannot be changed in place; use mrope")
         if any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True)):
             raise ValueError(f"{name} is expanded and cannot be changed in place; use mrope")
+    if _share_memory(q, k):
+        raise ValueError("q and k share memory and cannot both be changed in place; use mrope")
     same = [q.detach(), k.detach()]
     rotation.apply(same, same)
     # one launch, but two steps for autograd, which lets a function that changes a view have only one output
@@ -160,10 +178,35 @@ def _rotation(
     return _Rotation(positions, inv_freq.contiguous(), axis.contiguous(), scaling, backend)
 
 
+def _share_memory(
+    q: Tensor,  # [T, H, d]
+    k: Tensor,  # [T, Hkv, d]
+) -> bool:
+    """Whether an element is in both; where the tokens of q and of k lie at different distances, whether one may be."""
+    if q.numel() == 0 or k.numel() == 0 or q.untyped_storage()._cdata != k.untyped_storage()._cdata:
+        return False
+    ends = [sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) for x in (q, k)]
+    apart = k.storage_offset() - q.storage_offset()
+    if not -ends[1] <= apart <= ends[0]:
+        return False
+    tokens, width, step = len(q), q.shape[2], max(1, q.stride(0))  # the step of a single token does not matter
+    if tokens > 1 and step != k.stride(0):
+        return True
+    for head in range(q.shape[1]):
+        for other in range(k.shape[1]):
+            gap = int(apart + other * k.stride(1) - head * q.stride(1))  # of these heads of the same token
+            later = min(max(round(gap / step), 1 - tokens), tokens - 1)
+            if abs(gap - later * step) < width:
+                return True
+    return False
+
+
 def _rotate_by_torch(x: Tensor, rotation: _Rotation, inverse: bool) -> Tensor:
     wide = statistics_dtype(x.dtype)
-    position = rotation.positions.index_select(0, rotation.axis.long())  # [d / 2, T]
-    angle = (position.double() * rotation.inv_freq.double()[:, None]).T[:, None]  # [T, 1, d / 2]
+    axis = rotation.axis.clamp(0, 2)
+    position = rotation.positions.index_select(0, axis.long())  # [d / 2, T]
+    inv_freq = torch.where(axis == rotation.axis, rotation.inv_freq.double(), torch.nan)
+    angle = (position.double() * inv_freq[:, None]).T[:, None]  # [T, 1, d / 2]
     cosine = angle.cos().to(wide) * rotation.scaling
     sine = angle.sin().to(wide) * (-rotation.scaling if inverse else rotation.scaling)
     a, b = x.to(wide).chunk(2, dim=-1)

@@ -11,88 +11,68 @@ and then only the rows that have entries would write those twice, and need their
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from revisual_fast.kernels.dispatch import pick_backend
+from revisual_fast.kernels.dispatch import CUDA_DTYPES, pick_backend
 from revisual_fast.kernels.plan import statistics_dtype
 
-__all__ = ["RowMap", "packing_backend", "row_sums", "rows_or_nan"]
-
-CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+__all__ = ["packing_backend", "row_sums", "rows_or_nan", "transposed"]
 
 
-@dataclass(frozen=True)
-class RowMap:
-    """From which row each entry was taken, and, made when first needed, the entries of each row. -1 is no row."""
+def transposed(
+    index: Tensor,  # [N] int64
+    n_rows: int,  # R
+) -> tuple[Tensor, Tensor]:
+    """The entries in the order of their rows ``[N]``, and where each row's begin, ``[R + 1]``, both int64.
 
-    index: Tensor  # [N] int64
-    n_rows: int  # R
-
-    @classmethod
-    def checked(cls, index: Tensor, n_rows: int) -> RowMap:
-        """The map, after checks. That it points into ``[0, n_rows)`` is checked on the CPU only, where it costs no
-        sync; on CUDA, an entry outside gives a row of nan, and nothing to the sums. Raises ValueError.
-        """
-        if index.ndim != 1 or index.dtype != torch.int64:
-            raise ValueError(f"the map must be [N] int64; got {list(index.shape)} {index.dtype}")
-        if index.device.type == "cpu" and len(index) > 0:
-            low, high = (int(bound) for bound in index.aminmax())
-            if low < 0 or high >= n_rows:
-                raise ValueError(f"the map must point into [0, {n_rows}); it goes from {low} to {high}")
-        return cls(index.contiguous(), n_rows)
-
-    @cached_property
-    def transpose(self) -> tuple[Tensor, Tensor]:
-        """The entries in the order of their rows ``[N]``, and where each row's begin, ``[R + 1]``, both int64.
-
-        Entries outside ``[0, R)`` lie before the first or behind the last.
-        """
-        ascending, order = self.index.sort(stable=True)
-        return order, torch.searchsorted(ascending, torch.arange(self.n_rows + 1, device=order.device))
+    Entries outside ``[0, R)`` lie before the first or behind the last.
+    """
+    ascending, order = index.sort(stable=True)
+    return order, torch.searchsorted(ascending, torch.arange(n_rows + 1, device=index.device))
 
 
 def row_sums(
     sources: Sequence[Tensor],  # one or two, each [N, D], of one dtype
-    rows: RowMap,
+    index: Tensor,  # [N] int64: the row that each entry was taken from; outside [0, R) it is none
+    n_rows: int,  # R
     dtype: torch.dtype,
     backend: str = "auto",
+    transpose: Sequence[Tensor] | None = None,  # transposed(index, n_rows), where somebody has it
 ) -> list[Tensor]:
-    """For each source the sums ``[R, D]`` of its rows over ``rows``, in ``dtype``; 0 where a row has no entry.
+    """For each source the sums ``[R, D]`` of its rows by ``index``, in ``dtype``; 0 where a row has no entry.
 
     Both sources are summed in one launch. Raises ValueError for a backend that cannot run here.
     """
     backend = packing_backend(backend, sources[0])
     if backend == "torch":
-        return [_sum_by_torch(source, rows, dtype) for source in sources]
+        return [_sum_by_torch(source, index, n_rows, dtype) for source in sources]
     sources = [source if source.stride(-1) == 1 else source.contiguous() for source in sources]
     # of the sums that the kernels can write, the one that is rounded to dtype once
     written = dtype if backend == "triton" or dtype == sources[0].dtype else torch.float32
-    sums = [source.new_empty((rows.n_rows, source.shape[1]), dtype=written) for source in sources]
+    sums = [source.new_empty((n_rows, source.shape[1]), dtype=written) for source in sources]
     if sum(total.numel() for total in sums):
+        order, indptr = transposed(index, n_rows) if transpose is None else transpose
         if backend == "cuda":
             pairs = [*sources, None][:2], [*sums, None][:2]
-            torch.ops.revisual_fast_cuda.segment_sums(*rows.transpose, *pairs[0], *pairs[1])
+            torch.ops.revisual_fast_cuda.segment_sums(order, indptr, *pairs[0], *pairs[1])
         else:
             from revisual_fast.kernels.packing_triton import segment_sums
 
-            segment_sums(*rows.transpose, sources, sums)
+            segment_sums(order, indptr, sources, sums)
     return [total.to(dtype) for total in sums]
 
 
-def _sum_by_torch(source: Tensor, rows: RowMap, dtype: torch.dtype) -> Tensor:
-    known = (rows.index >= 0) & (rows.index < rows.n_rows)
-    index = torch.where(known, rows.index, rows.n_rows)  # all others to a row more, which is cut off
+def _sum_by_torch(source: Tensor, index: Tensor, n_rows: int, dtype: torch.dtype) -> Tensor:
+    index = torch.where((index >= 0) & (index < n_rows), index, n_rows)  # all others to a row more, which is cut off
     wide = source.to(statistics_dtype(source.dtype))
-    total = wide.new_zeros((rows.n_rows + 1, source.shape[1]))
+    total = wide.new_zeros((n_rows + 1, source.shape[1]))
     if total.is_cuda:  # index_add_ is atomic there, index_put_ sorts
         total.index_put_((index,), wide, accumulate=True)
     else:
         total.index_add_(0, index, wide)
-    return total[: rows.n_rows].to(dtype)
+    return total[:n_rows].to(dtype)
 
 
 def rows_or_nan(

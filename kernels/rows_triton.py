@@ -93,45 +93,8 @@ def row_statistics(
 
 
 @triton.jit
-def row_gradient(
-    z_ptr,
-    out_ptr,
-    bias_ptr,
-    target,
-    top,
-    log_total,
-    entropy,
-    c,
-    e,
-    V,
-    temperature,
-    softcap,
-    BLOCK: tl.constexpr,
-):
-    """Write ``c (1[j=y] - p_j) - e p_j (log p_j + H)``, taken back through temperature and softcap."""
-    if temperature is not None:
-        c = c / temperature
-        if e is not None:
-            e = e / temperature
-    tiles = tl.cdiv(V, BLOCK)
-    for i in range(0, tiles):
-        cols = (tiles - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        z, slope = load_logits(z_ptr, bias_ptr, cols, V, temperature, softcap)
-        log_p = at_least_lowest(z - top) - log_total
-        p = tl.exp(log_p)
-        if e is not None:
-            g = -p * (c + e * (log_p + entropy))
-        else:
-            g = -p * c
-        g = tl.where(cols == target, g + c, g)
-        if softcap is not None:
-            g *= slope
-        tl.store(out_ptr + cols, g.to(out_ptr.dtype.element_ty), mask=cols < V)
-
-
-@triton.jit
 def write_zeros(out_ptr, V, BLOCK: tl.constexpr):
-    """The gradient of a row that does not count."""
+    """The gradient of a row that does not count, or that changes nothing."""
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         tl.store(out_ptr + cols, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=cols < V)
@@ -170,6 +133,50 @@ def statistics_kernel(
     tl.store(entropy_ptr + row, entropy)
     tl.store(top_ptr + row, top)
     tl.store(total_ptr + row, log_total)
+
+
+@triton.jit
+def row_gradient(
+    z_ptr,
+    out_ptr,
+    bias_ptr,
+    target,
+    top,
+    log_total,
+    entropy,
+    c,
+    e,
+    V,
+    temperature,
+    softcap,
+    BLOCK: tl.constexpr,
+):
+    """Write ``c (1[j=y] - p_j) - e p_j (log p_j + H)``, taken back through temperature and softcap; zeros, without
+    reading the row again, where both are 0."""
+    silent = c == 0.0
+    if e is not None:
+        silent = silent & (e == 0.0)
+    if temperature is not None:
+        c = c / temperature
+        if e is not None:
+            e = e / temperature
+    if silent:
+        write_zeros(out_ptr, V, BLOCK)
+    else:
+        tiles = tl.cdiv(V, BLOCK)
+        for i in range(0, tiles):
+            cols = (tiles - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+            z, slope = load_logits(z_ptr, bias_ptr, cols, V, temperature, softcap)
+            log_p = at_least_lowest(z - top) - log_total
+            p = tl.exp(log_p)
+            if e is not None:
+                g = -p * (c + e * (log_p + entropy))
+            else:
+                g = -p * c
+            g = tl.where(cols == target, g + c, g)
+            if softcap is not None:
+                g *= slope
+            tl.store(out_ptr + cols, g.to(out_ptr.dtype.element_ty), mask=cols < V)
 
 
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=ROW_VECTORS)

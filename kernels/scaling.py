@@ -9,11 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from revisual_fast.kernels.dispatch import pick_backend
+from revisual_fast.kernels.dispatch import CUDA_DTYPES, pick_backend
 
 __all__ = ["scale_"]
-
-CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def scale_(

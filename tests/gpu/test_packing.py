@@ -13,7 +13,7 @@ from torch import Tensor
 from revisual_fast.kernels.embed import pack_embeddings
 from revisual_fast.kernels.mrope import mrope, mrope_, mrope_axis
 from revisual_fast.kernels.prefix import KVRows, gather_kv
-from revisual_fast.kernels.row_sums import RowMap, row_sums
+from revisual_fast.kernels.row_sums import row_sums
 from tests.gpu.test_kernels import no_synchronisation
 from tests.packing_backends import PACKING_BACKENDS
 
@@ -73,7 +73,7 @@ def test_a_table_of_more_than_two_to_the_31_elements(backend):
     table[vocab - 2 :] = random(2, width)
     out = pack_embeddings(last, table, None, torch.full_like(last, -1), backend)
     assert torch.equal(out, table[last])
-    (sums,) = row_sums([out], RowMap(last, vocab), torch.bfloat16, backend)
+    (sums,) = row_sums([out], last, vocab, torch.bfloat16, backend)
     assert torch.equal(sums[-1], (out[0].float() * 2).bfloat16())
     assert torch.equal(sums[-2], out[1])
     assert not bool(sums[:-2].any())
@@ -178,7 +178,7 @@ def test_other_streams_and_devices(backend):
 
 
 def test_fp64_has_no_cuda_kernel():
-    source, rows = random(3, 4, dtype=torch.float64), RowMap(numbers(3, 3), 3)
+    source, index = random(3, 4, dtype=torch.float64), numbers(3, 3)
     with pytest.raises(ValueError, match="no kernel for"):
-        row_sums([source], rows, source.dtype, "cuda")
-    assert row_sums([source], rows, source.dtype)[0].dtype == source.dtype
+        row_sums([source], index, 3, source.dtype, "cuda")
+    assert row_sums([source], index, 3, source.dtype)[0].dtype == source.dtype

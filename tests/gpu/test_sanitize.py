@@ -54,7 +54,7 @@ def test_around_packed_rows(d: int) -> None:
     gather_rows(x, repeats, backend="cuda").float().square().sum().backward()
     head = 2 * (d // 2)
     key, value = torch.randn(2, 30, 2, head, device="cuda", dtype=torch.bfloat16, requires_grad=True).unbind()
-    rows = prefix.KVRows(torch.arange(45, device="cuda") % 30, 30)
+    rows = prefix.KVRows.checked(torch.arange(45, device="cuda") % 30, 30)
     k, v = prefix.gather_kv(key, value, rows, backend="cuda")
     q = torch.randn(45, 4, head, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     axis = torch.arange(head // 2, device="cuda").remainder(3).to(torch.int8)

@@ -1,6 +1,7 @@
-// CUDA on the host, as far as the row kernels need it: every thread of a block is a thread of the system, and each block
-// of a cluster is a copy of this library, whose static variables are the block's shared memory. Copies and sends between
-// blocks are made by another thread, late and in any order; a copy's place holds nan from the moment it is asked for.
+// CUDA on the host, as far as the kernels need it: every thread of a block is a thread of the system, and each block
+// of a cluster is a copy of this library, whose static variables are the block's shared memory. Copies and sends
+// between blocks are made by another thread, late and in any order; a copy's place holds nan from the moment it is
+// asked for.
 #pragma once
 
 #include <chrono>
@@ -136,7 +137,7 @@ struct Cluster {
 inline thread_local Block* block;
 
 struct Index {
-    unsigned x, y;
+    unsigned x, y, z;
 };
 
 }  // namespace host

@@ -33,9 +33,11 @@ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
 
 void send(float4 value, float4* place, uint64_t* barrier, uint32_t rank) {
     host::Cluster* cluster = host::block->cluster;
-    const auto there = [&](void* here) { return static_cast<char*>(here) - host::block->base + cluster->blocks[rank]->base; };
-    auto *to = reinterpret_cast<float4*>(there(place));
-    auto *seen = reinterpret_cast<uint64_t*>(there(barrier));
+    const auto there = [&](void* here) {
+        return static_cast<char*>(here) - host::block->base + cluster->blocks[rank]->base;
+    };
+    auto* to = reinterpret_cast<float4*>(there(place));
+    auto* seen = reinterpret_cast<uint64_t*>(there(barrier));
     cluster->later([=] {
         *to = value;
         cluster->update(seen, 0, -16);
@@ -77,13 +79,20 @@ namespace {
 
 template <bool FULL, typename Z, typename G>
 void kernel(const Launch& l) {
-    const Logits<Z> logits{static_cast<const Z*>(l.z), l.stride, l.n, int(l.V), l.bias, l.targets, l.temperature, l.mask,
-                           l.softcap};
+    const Logits<Z> logits{
+        static_cast<const Z*>(l.z), l.stride, l.n, int(l.V), l.bias, l.targets, l.temperature, l.mask, l.softcap};
     const StatisticsOut statistics{l.logp, l.entropy, l.kernel > 1 ? nullptr : l.top, l.kernel > 1 ? nullptr : l.sum};
     const float* x = l.numbers;
-    const Loss loss{{l.surrogate, l.kl, l.correction, l.kl_bias != 0, l.e != nullptr, x[0], x[1], x[2], x[3], x[4], x[5],
-                     x[6], x[7], x[8]},
-                    l.advantages, l.old, l.ref, l.rollout, l.weight, l.losses, l.c, l.e};
+    const Loss loss{{l.surrogate, l.kl, l.correction, l.kl_bias != 0, l.e != nullptr, x[0], x[1], x[2], x[3], x[4],
+                     x[5], x[6], x[7], x[8]},
+                    l.advantages,
+                    l.old,
+                    l.ref,
+                    l.rollout,
+                    l.weight,
+                    l.losses,
+                    l.c,
+                    l.e};
     G* out = static_cast<G*>(l.out);
     if (l.kernel == 0) return statistics_kernel<Z, FULL>(logits, statistics);
     if (l.kernel == 1)
@@ -133,7 +142,8 @@ int launch(const Launch* l, void* const* threads, void* const* anchors, char* me
         host::Cluster cluster(size * l->threads, l->seed + first);
         std::vector<std::unique_ptr<host::Block>> blocks;
         for (int rank = 0; rank < size; ++rank) {
-            blocks.push_back(std::make_unique<host::Block>(rank, l->threads, &cluster, static_cast<char*>(anchors[rank])));
+            blocks.push_back(
+                std::make_unique<host::Block>(rank, l->threads, &cluster, static_cast<char*>(anchors[rank])));
             cluster.blocks.push_back(blocks.back().get());
         }
         std::vector<std::thread> running;

@@ -1,5 +1,5 @@
-// The mathematics of the CUDA row kernels, compiled for the host: what the threads of a block or a cluster do, one thread
-// after the other. Driven through ctypes by test_host_rows.py.
+// The mathematics of the CUDA row kernels, compiled for the host: what the threads of a block or a cluster do, one
+// thread after the other. Driven through ctypes by test_host_rows.py.
 #include <vector>
 
 #include "objective.cuh"
@@ -29,7 +29,8 @@ void run(const Row& r, float* statistics) {
         for (int thread = 0; thread < r.threads; ++thread) {
             RowSum s = RowSum::none();
             const Share share(span.packs, block, r.blocks);
-            add_packs<IN_FLIGHT>(s, packs + share.first, share.count, span.column(share.first), thread, r.threads, read);
+            add_packs<IN_FLIGHT>(s, packs + share.first, share.count, span.column(share.first), thread, r.threads,
+                                 read);
             if (block == 0 && thread < span.edge()) {
                 const int column = span.edge_column(thread);
                 const float z[1] = {read(logit_of(row[column]), column)};
@@ -82,9 +83,10 @@ void cluster_plan(int V, int element_bytes, int half, int whole, int* plan) {
 
 void objective_rows(int n, int surrogate, int kl, int kl_bias, int correction, int has_entropy, const double* x,
                     const double* logp, const double* entropy, const double* advantages, const double* old,
-                    const double* ref, const double* rollout, const double* weight, double* loss, double* c, double* e) {
-    const Objective<double> o{surrogate, kl,   correction, kl_bias != 0, has_entropy != 0, x[0], x[1],
-                              x[2],      x[3], x[4],       x[5],         x[6],             x[7], x[8]};
+                    const double* ref, const double* rollout, const double* weight, double* loss, double* c,
+                    double* e) {
+    const Objective<double> o{surrogate, kl,   correction, kl_bias != 0, has_entropy != 0, x[0], x[1], x[2], x[3], x[4],
+                              x[5],      x[6], x[7],       x[8]};
     for (int i = 0; i < n; ++i) {
         const Token<double> token{advantages == nullptr ? 1.0 : advantages[i], old == nullptr ? logp[i] : old[i],
                                   ref == nullptr ? 0.0 : ref[i], rollout == nullptr ? 1.0 : rollout[i], weight[i]};

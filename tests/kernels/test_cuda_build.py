@@ -51,8 +51,8 @@ EXPECTED = {  # how a kernel's name and template arguments begin -> where, and w
     f"pack_embeddings_kernel{VECTOR}": (EVERYWHERE, "LDG.128 STG.128"),
     f"gather_pair_kernel{VECTOR}": (EVERYWHERE, "LDG.128 STG.128"),
     f"mrope_kernel{VECTOR}": (EVERYWHERE, "LDG.128 STG.128"),
-    f"segment_sums_kernel{VECTOR}": (EVERYWHERE, "LDG.128"),
-    f"long_sums_kernel{VECTOR}": (EVERYWHERE, "LDG.128"),
+    f"segment_sums_kernel{VECTOR}": (EVERYWHERE, "LDG.128 STG.128"),
+    f"long_sums_kernel{VECTOR}": (EVERYWHERE, "LDG.128 STG.128"),
 }
 
 

@@ -244,3 +244,23 @@ def test_scaling(device: Device, dtype: torch.dtype, offset: int, gap: int) -> N
                 wanted[2] = float("nan")
             assert torch.equal(rows.out.nan_to_num(99), wanted.nan_to_num(99))
             rows.check_surroundings()
+
+
+def test_rows_without_gradient_are_not_read_again(device: Device) -> None:
+    """Zeros where c and e are 0: from statistics, whatever the logits have become since; and in one kernel."""
+    rows = Rows(4, 301, torch.bfloat16)
+    rows.launch(device, 0)
+    rows.c.copy_(torch.tensor([1.0, 0.0, 0.0, 2.0]))
+    rows.e.copy_(torch.tensor([0.5, 0.0, 0.3, 0.0]))
+    rows.z[1] = float("nan")
+    rows.launch(device, 1)
+    assert rows.out.isfinite().all()
+    assert [bool(row.any()) for row in rows.out] == [True, False, True, True]
+    for kernel in (2, 3):
+        rows, o = Rows(6, 301, torch.float32, offset=1), PolicyObjective()
+        advantages = torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0, 2.0])
+        rows.tokens = TokenBatch(advantages)
+        rows.solve(device, o, kernel=kernel, blocks=2, stages=2, clusters=1, packs=38)
+        rows.check(rows.z, o)
+        assert [bool(row.any()) for row in rows.out] == (advantages != 0).tolist()
+        rows.check_surroundings()

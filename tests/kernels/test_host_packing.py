@@ -1,5 +1,5 @@
-"""What can be run of the packing kernels without a CUDA device: the arithmetic and the index arithmetic of
-csrc/packing.cuh, compiled for the host, against torch; and all of Python's side.
+"""What can be run of the packing kernels without a CUDA device: the kernels themselves, compiled for the host, against
+torch; and all of Python's side.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from revisual_fast.kernels import cuda_library, embed, gather, prefix, row_sums
 from revisual_fast.kernels import mrope as mrope_module
 from revisual_fast.kernels.mrope import mrope, mrope_axis
-from revisual_fast.kernels.row_sums import RowMap
+from revisual_fast.kernels.row_sums import transposed
 
 HERE = Path(__file__).parent
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-SHAPES = pytest.mark.parametrize(("width", "wide"), [(64, True), (520, True), (64, False), (7, False)])
+SHAPES = pytest.mark.parametrize(("width", "wide"), [(64, True), (264, True), (64, False), (7, False)])
 TYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -33,16 +33,54 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     library = tmp_path_factory.mktemp("host") / "packing.so"
-    checks = ["-fsanitize=undefined", "-fno-sanitize-recover", "-static-libubsan"]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    flags += ["-fsanitize=undefined", "-fno-sanitize-recover", "-static-libubsan"]
     source = [HERE / "host_packing.cpp", "-I", HERE.parents[1] / "csrc"]
-    subprocess.run(["g++", "-std=c++20", "-O1", "-shared", "-fPIC", *checks, *source, "-o", library], check=True)
+    subprocess.run(["g++", *flags, *source, "-o", library], check=True)
     return ctypes.CDLL(str(library))
 
 
-def call(function: Any, *arguments: object) -> None:
-    """Tensors go as pointers, integers as int64 but for flags."""
+class Matrix(ctypes.Structure):
+    """A tensor ``[count, width]``; as in host_packing.cpp."""
+
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("count", "stride", "width")))
+
+
+class Heads(ctypes.Structure):
+    """Tensors ``[T, count, d]``; as in host_packing.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("given", "out")),
+        ("count", ctypes.c_int64),
+        ("strides", ctypes.c_int64 * 4),
+    )
+
+
+def matrix(x: Tensor) -> Matrix:
+    return Matrix(x.data_ptr(), len(x), x.stride(0), x.shape[1])
+
+
+def matrices(*tensors: Tensor) -> ctypes.Array[Matrix]:
+    return (Matrix * len(tensors))(*map(matrix, tensors))
+
+
+def heads(given: Tensor, out: Tensor) -> Heads:
+    strides = (ctypes.c_int64 * 4)(*given.stride()[:2], *out.stride()[:2])
+    return Heads(given.data_ptr(), out.data_ptr(), given.shape[1], strides)
+
+
+def call(function: Any, *arguments: Any) -> None:
+    """Vectors go as pointers, structures by reference, integers as int64 but for flags."""
     kinds = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_float}
-    function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else kinds[type(a)](a) for a in arguments))
+    given = []
+    for a in arguments:
+        if isinstance(a, Tensor):
+            given.append(ctypes.c_void_p(a.data_ptr()))
+        else:
+            given.append(
+                kinds[type(a)](a) if type(a) in kinds else a if isinstance(a, ctypes.Array) else ctypes.byref(a)
+            )
+    assert not function(*given), "the reason stands on stderr"
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -61,45 +99,61 @@ def test_embeddings(host, width, wide, dtype):
     for row, token, feature in bad:
         ids[row], index[row], expected[row] = token, feature, torch.nan
     out = torch.full((50, width), 7.0, dtype=dtype)
-    where = (table, 30, table.stride(0), features, 9, width, out, width)
-    call(host.pack_embeddings, DTYPES[dtype], wide, 64, ids, index, 50, *where)
+    call(host.pack_embeddings, DTYPES[dtype], wide, 32, ids, index, matrix(table), matrix(features), matrix(out))
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("to_float", [False, True])
-@pytest.mark.parametrize("threads", [32, 256])
 @SHAPES
 @TYPES
-def test_sums(host, width, wide, dtype, threads, to_float):
+def test_keys_and_values(host, width, wide, dtype):
+    widths = width, 2 * width
+    sources = [random(9, w + 8, dtype=dtype, seed=w)[:, :w] for w in widths]
+    index = torch.tensor([8, 0, 3, 3, 9, -1, 7, 1 << 40])
+    outs = [torch.full((len(index), w), 7.0, dtype=dtype) for w in widths]
+    call(host.gather_pair, DTYPES[dtype], wide, 32, index, *map(matrix, (*sources, *outs)))
+    for source, out in zip(sources, outs, strict=True):
+        torch.testing.assert_close(out, row_sums.rows_or_nan(source, index), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("to_float", [False, True])
+@SHAPES
+@TYPES
+def test_sums(host, width, wide, dtype, to_float):
     index = torch.tensor([2] * 100 + [0, 5, 5, -1, 6, 5, 9] + [3] * 31 + [4] * 32)  # rows 2 and 4 are long, 1 is empty
-    source = random(len(index), width + 8, dtype=dtype)[:, :width]
-    order, indptr = RowMap(index, 7).transpose
-    out = torch.full((7, width), 7.0, dtype=torch.float32 if to_float else dtype)
-    where = (order, len(order), indptr, 7, source, source.stride(0), out, width)
-    call(host.segment_sums, DTYPES[dtype], wide, threads, to_float, *where)
-    known = index < 7
-    known &= index >= 0
-    exact = torch.zeros(7, width, dtype=torch.float64).index_add_(0, index[known], source[known].double())
-    plain = torch.zeros(7, width, dtype=out.dtype).index_add_(0, index[known], source[known].to(out.dtype))
-    assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max()
-    in_order = torch.zeros(7, width).index_add_(0, index[known], source[known].float()).to(out.dtype)
-    short = [0, 1, 3, 5, 6]
-    assert torch.equal(out[short], in_order[short])
-    assert bool((out[1] == 0).all())
+    known = (index >= 0) & (index < 7)
+    order, indptr = transposed(index, 7)
+    entries = torch.bincount(index[known], minlength=7)[:, None]
+    for widths in ((width,), (32 if wide else 1, width)):  # the second of two tensors is the wider one
+        sources = [random(len(index), w + 8, dtype=dtype, seed=w)[:, :w] for w in widths]
+        outs = [torch.full((7, w), 7.0, dtype=torch.float32 if to_float else dtype) for w in widths]
+        where = (order, len(order), indptr, len(widths), matrices(*sources), matrices(*outs))
+        call(host.segment_sums, DTYPES[dtype], wide, 64, to_float, *where)
+        for source, out in zip(sources, outs, strict=True):
+            exact, size = (
+                torch.zeros(out.shape, dtype=torch.float64).index_add_(0, index[known], x[known].double())
+                for x in (source, source.abs())
+            )
+            # additions in fp32 in any order (Higham, Accuracy and Stability, section 4.2), and one rounding
+            bound = entries * 2**-24 * size + torch.finfo(out.dtype).eps * exact.abs()
+            assert bool(((out - exact).abs() <= bound).all())
+            in_order = torch.zeros(out.shape).index_add_(0, index[known], source[known].float()).to(out.dtype)
+            short = [0, 1, 3, 5, 6]
+            assert torch.equal(out[short], in_order[short])
+            assert bool((out[1] == 0).all())
 
 
 def test_long_segments_wherever_they_begin(host):
     """Every long segment is found once, whatever lies before it; a sum that nobody makes stays 7."""
     g = torch.Generator().manual_seed(0)
-    for lengths in ([32], [31, 32], [1, 32, 32], [0, 33, 0, 31, 64, 0], torch.randint(70, (40,), generator=g).tolist()):
+    for lengths in ([32], [31, 32], [1, 32, 32], [0, 33, 0, 31, 64, 0], torch.randint(70, (20,), generator=g).tolist()):
         for before in (0, 1, 31, 32, 33):
             index = torch.cat(
                 [torch.full((before,), -1), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))]
             )
-            order, indptr = RowMap(index, len(lengths)).transpose
-            out = torch.full((len(lengths), 1), 7.0)
-            where = (order, len(order), indptr, len(lengths), torch.ones(len(index), 1), 1, out, 1)
-            call(host.segment_sums, 2, False, 64, False, *where)
+            order, indptr = transposed(index, len(lengths))
+            source, out = torch.ones(len(index), 1), torch.full((len(lengths), 1), 7.0)
+            where = (order, len(order), indptr, 1, matrices(source), matrices(out))
+            call(host.segment_sums, 2, False, 32, False, *where)
             assert out.flatten().tolist() == lengths
 
 
@@ -107,29 +161,30 @@ def test_long_segments_wherever_they_begin(host):
 @pytest.mark.parametrize(("half", "wide"), [(64, True), (8, True), (64, False), (3, False)])
 @TYPES
 def test_mrope(host, half, wide, dtype, inverse):
-    tokens, heads = 12, 3
-    x = random(heads, tokens, 2 * half, dtype=dtype).transpose(0, 1)
+    tokens, counts = 12, (3, 2)
+    inputs = [random(n, tokens, 2 * half, dtype=dtype, seed=n).transpose(0, 1) for n in counts]
     positions = torch.randint(131_072, (3, tokens), generator=torch.Generator().manual_seed(1))
     inv_freq = 1e6 ** -(torch.arange(half) / half)
     axis = mrope_axis([half - 2 * (half // 3), half // 3, half // 3])
     turned = []
     for dtype_there in (dtype, torch.float64):
-        q = x.to(dtype_there).requires_grad_()
-        out, _ = mrope(q, q, positions, inv_freq, axis, 1.25)
-        turned.append(torch.autograd.grad(out, q, x.to(dtype_there))[0] if inverse else out.detach())
-    plain, exact = turned
-    for out in (torch.zeros(tokens, heads, 2 * half, dtype=dtype), x):  # the last in place
-        strides = torch.tensor([*x.stride()[:2], *out.stride()[:2]])
+        given = [x.to(dtype_there).requires_grad_() for x in inputs]
+        out = mrope(*given, positions, inv_freq, axis, 1.25)
+        up = [x.to(dtype_there) for x in inputs]
+        turned.append(torch.autograd.grad(out, given, up) if inverse else [x.detach() for x in out])
+    fresh = [torch.zeros(tokens, n, 2 * half, dtype=dtype) for n in counts]
+    for outs in (fresh, inputs):  # the last in place
         angles = (positions, tokens, tokens, inv_freq, axis, half, 1.25, inverse)
-        call(host.mrope, DTYPES[dtype], wide, *angles, x, out, heads, strides)
-        assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max()
+        call(host.mrope, DTYPES[dtype], wide, 32, *angles, *map(heads, inputs, outs))
+        for out, plain, exact in zip(outs, *turned, strict=True):
+            assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
 def test_an_axis_that_is_none_gives_nan(host):
     x, positions = torch.ones(1, 1, 4), torch.zeros(3, 1, dtype=torch.int64)
     axis = torch.tensor([0, 3], dtype=torch.int8)
-    strides = torch.tensor([4, 4, 4, 4])
-    call(host.mrope, 2, False, positions, 1, 1, torch.ones(2), axis, 2, 1.0, False, x, x, 1, strides)
+    angles = (positions, 1, 1, torch.ones(2), axis, 2, 1.0, False)
+    call(host.mrope, 2, False, 32, *angles, heads(x, x), heads(x[:, :0], x[:, :0]))
     assert x.flatten().isnan().tolist() == [False, True, False, True]
 
 
@@ -175,9 +230,9 @@ def test_the_ops_are_called_as_their_schemas_say(monkeypatch):
             out.sum() + gather.GatherRows.apply(table, index, "cuda").sum(), (table, features)
         )
         assert [(g.shape, g.dtype) for g in gradients] == [(x.shape, x.dtype) for x in (table, features)]
-        key = torch.zeros(7, 2, 8, requires_grad=True)
+        key, rows = torch.zeros(7, 2, 8, requires_grad=True), prefix.KVRows(index, 7, *transposed(index, 7))
         for wanted in (slice(2), slice(1)):
-            copies = prefix.gather_kv(key, key, row_sums.RowMap(index, 7))
+            copies = prefix.gather_kv(key, key, rows)
             assert [x.shape for x in copies] == [(5, 2, 8), (5, 2, 8)]
             assert torch.autograd.grad(sum(x.sum() for x in copies[wanted]), key)[0].shape == key.shape
         angles = (torch.zeros(3, 7, dtype=torch.int64), torch.zeros(4), torch.zeros(4, dtype=torch.int8))

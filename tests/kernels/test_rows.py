@@ -136,6 +136,18 @@ def test_gradient_in_place_and_in_rows_of_any_stride(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+def test_rows_without_gradient_are_not_read_again(backend: str) -> None:
+    z, targets = random_logits("plain", 4, 5000, torch.bfloat16)
+    chunk = kernel_chunk(backend, z, targets)
+    c, e = torch.tensor([[1.0, 0.0, 0.0, 2.0], [0.5, 0.0, 0.3, 0.0]], device=DEVICE)
+    z[1] = float("nan")
+    for entropy, wanted in ((e, [True, False, True, True]), (None, [True, False, False, True])):
+        gradient = chunk.gradient(c, entropy)
+        assert gradient.isfinite().all()
+        assert gradient.any(dim=1).tolist() == wanted
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter's host memory")
 def test_offsets_beyond_two_to_the_31(backend: str, tmp_path: Path) -> None:
     """Rows so far apart that row times stride does not fit in 32 bits; the file they lie in has holes."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from revisual_fast.kernels.embed import pack_embeddings
-from revisual_fast.kernels.row_sums import RowMap, packing_backend, row_sums
+from revisual_fast.kernels.row_sums import packing_backend, row_sums, transposed
 from revisual_fast.policy.model import _is_plain
 from tests.devices import DEVICE, ON_DEVICE
 from tests.packing_backends import FLOATS, PACKING_BACKENDS, skip_missing
@@ -98,9 +98,9 @@ def test_frozen_inputs_cost_nothing(backend, monkeypatch):
     ids, table, features, feature_index, upstream = make(8, torch.float32)
     sums = []
 
-    def counted(sources, rows, *rest):
-        sums.append(rows.n_rows)
-        return row_sums(sources, rows, *rest)
+    def counted(sources, index, n_rows, *rest):
+        sums.append(n_rows)
+        return row_sums(sources, index, n_rows, *rest)
 
     monkeypatch.setattr("revisual_fast.kernels.embed.row_sums", counted)
     for frozen, expected in ((table, [7]), (features, [23])):
@@ -156,8 +156,21 @@ def test_nothing_reads_a_value_back():
     ids, feature_index = torch.empty(2, 5, dtype=torch.int64, device="meta").unbind()
     pack_embeddings(ids, table, features, feature_index).sum().backward()
     assert (table.grad.shape, features.grad.shape) == ((9, 4), (3, 4))
-    rows = RowMap(ids, 9)
-    assert [x.shape for x in rows.transpose] == [(5,), (10,)]
+    assert [x.shape for x in transposed(ids, 9)] == [(5,), (10,)]
+
+
+@pytest.mark.parametrize("features_dtype", [torch.float32, torch.float64], ids=str)
+def test_compiled(features_dtype):
+    ids, table, features, feature_index, upstream = make(8, torch.float32, features_dtype)
+
+    def twice(table, features):
+        return pack_embeddings(ids, 2 * table, 2 * features, feature_index, padding_idx=4)
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    outputs = twice(table, features), compiled(table, features)
+    assert torch.equal(*outputs)
+    eager, got = (torch.autograd.grad(out, (table, features), upstream) for out in outputs)
+    assert all(x.any() and torch.equal(x, y) for x, y in zip(got, eager, strict=True))
 
 
 IDS, TABLE, FEATURES = torch.tensor([0, 2]), torch.zeros(3, 4), torch.zeros(2, 4)

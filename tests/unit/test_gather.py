@@ -105,6 +105,19 @@ def test_nothing_reads_a_value_back():
     assert hidden.grad.shape == (9, 4)
 
 
+def test_compiled():
+    hidden, rows, d_out = make(8, torch.float32)
+
+    def twice(hidden):
+        return gather_rows(2 * hidden, rows)
+
+    outputs = twice(hidden), torch.compile(twice, fullgraph=True, backend="aot_eager")(hidden)
+    assert torch.equal(*outputs)
+    eager, got = (torch.autograd.grad(out, hidden, d_out)[0] for out in outputs)
+    assert got.any()
+    assert torch.equal(got, eager)
+
+
 @pytest.mark.parametrize(
     ("hidden", "rows", "message"),
     [

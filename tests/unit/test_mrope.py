@@ -207,6 +207,88 @@ def test_nothing_to_turn(backend):
     assert [x.shape for x in out] == [(0, 4, 16), (0, 2, 16)]
 
 
+@backends
+def test_an_axis_that_is_none_gives_nan(backend):
+    q, k, positions, inv_freq, axis = make(torch.float32)
+    goal, _ = mrope(flat(q), flat(k), positions, inv_freq, axis, backend=backend)
+    axis = axis.clone()
+    axis[1], axis[5] = 3, -1
+    got, _ = mrope(flat(q), flat(k), positions, inv_freq, axis, backend=backend)
+    wrong = [1, 5, 9, 13]
+    assert got.isnan().all(dim=1).all(dim=0).nonzero().flatten().tolist() == wrong
+    right = [i for i in range(16) if i not in wrong]
+    assert torch.equal(got[..., right], goal[..., right])
+
+
+@pytest.mark.parametrize("op", [mrope, mrope_])
+def test_compiled(op):
+    """The graph breaks around them, and the gradient is right; where it must not break, that is an error."""
+    q, k, *angles = make(torch.float32)
+    inputs = [flat(x).clone().requires_grad_() for x in (q, k)]
+    up = [torch.randn_like(x) for x in inputs]
+
+    def twice(q, k):
+        return [2 * x for x in op(2 * q, 3 * k, *angles)]
+
+    outputs = twice(*inputs), torch.compile(twice, backend="aot_eager")(*inputs)
+    eager, got = (torch.autograd.grad(out, inputs, up) for out in outputs)
+    assert all(x.any() and torch.equal(x, y) for x, y in zip(got, eager, strict=True))
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match="would be 0"):
+        torch.compile(twice, fullgraph=True, backend="aot_eager")(*inputs)
+
+
+LAYOUTS = [  # what q and k [4, heads, 8] are of x [4, 6, 8], and whether they share memory
+    (lambda x: (x[:, :4], x[:, 4:]), False),
+    (lambda x: (x[:, ::2], x[:, 1::2]), False),
+    (lambda x: (x[:, ::2], x[:, 3:5]), True),
+    (lambda x: (x[:, :4], x[:, 3:]), True),
+    (lambda x: (x[:2], x[2:]), False),
+    (lambda x: (x[:3], x[1:]), True),
+    (lambda x: (x[::2], x[1::2]), False),
+    (lambda x: (x[:1, :3], x[:1, 3:]), False),
+    (lambda x: (x[:1, :3], x[:1, 2:]), True),
+    (lambda x: (x[..., :4], x[..., 4:]), False),
+    (lambda x: (x[..., :4], x[..., 2:6]), True),
+    (lambda x: (x.view(6, 4, 8)[:4].transpose(0, 1), x.view(6, 4, 8)[4:].transpose(0, 1)), False),
+    (lambda x: (x.view(6, 4, 8)[:4].transpose(0, 1), x.view(6, 4, 8)[3:].transpose(0, 1)), True),
+    (lambda x: (x[:, :2], x.view(6, 4, 8)[3:].transpose(0, 1)), True),
+    (lambda x: (x, x), True),
+    (lambda x: (x, x.clone()), False),
+    (lambda x: (x, x[:, :0]), False),
+]
+
+
+@pytest.mark.parametrize(("views", "shared"), LAYOUTS)
+def test_memory_that_q_and_k_share(views, shared):
+    q, k = views(torch.arange(192.0).view(4, 6, 8))
+    half = q.shape[2] // 2
+    angles = torch.zeros(3, len(q), dtype=torch.int64), torch.ones(half), torch.zeros(half, dtype=torch.int8)
+    if shared:
+        with pytest.raises(ValueError, match="q and k share memory"):
+            mrope_(q, k, *angles)
+    else:
+        mrope_(q, k, *angles)
+    mrope(q, k, *angles)
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda leaf: (leaf * 1).split([4, 2], dim=1),
+        lambda leaf: (leaf * 1).chunk(2, dim=1),
+        lambda leaf: (leaf[:, :4], leaf[:, 4:]),
+    ],
+)
+def test_views_that_autograd_refuses(views):
+    leaf = torch.ones(3, 6, 4, requires_grad=True)
+    angles = torch.ones(3, 3, dtype=torch.int64), torch.ones(2), torch.zeros(2, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match="view"):
+        mrope_(*views(leaf), *angles)
+    q, k = mrope(*views(leaf), *angles)
+    assert torch.autograd.grad(q.sum() + k.sum(), leaf)[0].any()
+
+
 def test_fp64_and_tensors_without_data():
     q, k, *angles = make(torch.float64)
     inputs = [flat(x).contiguous().requires_grad_() for x in (q, k)]

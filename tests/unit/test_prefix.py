@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from revisual_fast.kernels.prefix import KVRows, gather_kv
-from revisual_fast.kernels.row_sums import row_sums
+from revisual_fast.kernels.row_sums import row_sums, transposed
 from tests.devices import DEVICE, ON_DEVICE
 from tests.packing_backends import FLOATS, PACKING_BACKENDS, skip_missing
 
@@ -94,10 +94,9 @@ def test_only_what_is_needed_is_summed(backend, monkeypatch):
     assert torch.isfinite(alone).all()
 
 
-def test_the_transpose_is_made_once():
+def test_the_map_has_its_transpose():
     rows = shared_rows()
-    order, indptr = rows.transpose
-    assert rows.transpose[0] is order
+    order, indptr = rows.order, rows.indptr
     assert sorted(order.tolist()) == list(range(len(rows.index)))
     assert indptr.tolist() == [int((rows.index < row).sum()) for row in range(rows.n_rows + 1)]
     for row in (0, 11, rows.n_rows - 1):
@@ -107,7 +106,8 @@ def test_the_transpose_is_made_once():
 
 @backends
 def test_a_row_outside_is_nan_and_adds_nothing(backend):
-    rows = KVRows(torch.tensor([1, 4, -1, 1], device=DEVICE), 4)  # unchecked, as on CUDA
+    index = torch.tensor([1, 4, -1, 1], device=DEVICE)
+    rows = KVRows(index, 4, *transposed(index, 4))  # unchecked, as on CUDA
     key = torch.ones(4, 2, 3, device=DEVICE, requires_grad=True)
     out, _ = gather_kv(key, key.detach(), rows, backend)
     assert out.isnan().all(dim=2).all(dim=1).tolist() == [False, True, True, False]
@@ -132,6 +132,34 @@ def test_edges(backend):
     assert bool((gradient == 0).all())
 
 
+@backends
+def test_layers_share_the_transpose(backend, monkeypatch):
+    rows, key, value, upstream = make(torch.float32, 8, 8)
+
+    def no_more(*_):
+        raise AssertionError("the map has it")
+
+    monkeypatch.setattr("revisual_fast.kernels.row_sums.transposed", no_more)
+    for _ in range(2):
+        torch.autograd.grad(gather_kv(key, value, rows, backend), (key, value), upstream)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_compiled(inside):
+    """With the map made outside, as layers have it, and in the graph."""
+    rows, key, value, upstream = make(torch.float32, 8, 6)
+
+    def twice(key, value):
+        of = KVRows.checked(rows.index, rows.n_rows) if inside else rows
+        return gather_kv(2 * key, 2 * value, of)
+
+    outputs = twice(key, value), torch.compile(twice, fullgraph=True, backend="aot_eager")(key, value)
+    for wanted in ([0, 1], [1]):
+        inputs, ups = [(key, value)[i] for i in wanted], [upstream[i] for i in wanted]
+        eager, got = (torch.autograd.grad([out[i] for i in wanted], inputs, ups, retain_graph=True) for out in outputs)
+        assert all(x.any() and torch.equal(x, y) for x, y in zip(got, eager, strict=True))
+
+
 def test_nothing_reads_a_value_back():
     rows = KVRows.checked(torch.empty(9, dtype=torch.int64, device="meta"), 5)
     key, value = (torch.empty(5, 2, 4, device="meta", requires_grad=True) for _ in range(2))
@@ -152,5 +180,5 @@ def test_what_does_not_fit():
             gather_kv(key, value, rows)
     with pytest.raises(ValueError, match=r"\[0, 3\); it goes from 0 to 3"):
         KVRows.checked(torch.tensor([0, 3]), 3)
-    with pytest.raises(ValueError, match=r"\[N\] int64"):
+    with pytest.raises(ValueError, match=r"\[L\] int64"):
         KVRows.checked(torch.tensor([0, 1], dtype=torch.int32), 3)

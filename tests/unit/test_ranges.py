@@ -119,6 +119,21 @@ def test_the_backward_passes_are_ranges_too() -> None:
     assert names(inside(tree, "revisual_fast.linear_logprob_backward")) == 2 * GEMMS
 
 
+def test_the_backward_passes_around_packed_rows() -> None:
+    tree = recorded(
+        "import torch\n"
+        "from revisual_fast.ops import KVRows, gather_kv, mrope, mrope_axis, pack_embeddings\n"
+        "ids, table = torch.arange(4), torch.ones(4, 8, requires_grad=True)\n"
+        "x = pack_embeddings(ids, table, None, ids * 0 - 1).view(4, 2, 4)\n"
+        "angles = ids.expand(3, -1), torch.ones(2), mrope_axis([1, 1, 0])\n"
+        "q, k = mrope(x, 2 * x, *angles)\n"
+        "k, v = gather_kv(k, 2 * x, KVRows.checked(ids, 4))\n"
+        "(q.sum() + k.sum() + v.sum()).backward()"
+    )
+    forward = [f"revisual_fast.{op}" for op in ("pack_embeddings", "mrope", "gather_kv")]
+    assert names(tree) == [*forward, *(f"{name}_backward" for name in reversed(forward))]
+
+
 def test_ranges_end_where_an_op_raises() -> None:
     tree = recorded(
         INPUTS + "def wrong(logp, entropy, batch):\n"
