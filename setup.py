@@ -62,7 +62,7 @@ class BuildCuda(build_ext):
         """Makes ``out``, at once and in full, so that nobody who has the old one open is disturbed."""
         out.parent.mkdir(parents=True, exist_ok=True)
         command = [NVCC, *words, "-o", f"{out}.new"]
-        print(*command, flush=True)
+        print(" ".join(command), flush=True)
         if subprocess.run(command, check=False).returncode:
             raise CompileError(f"nvcc failed to make {out.name}; its messages stand above")
         os.replace(f"{out}.new", out)
