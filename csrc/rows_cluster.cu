@@ -41,6 +41,8 @@ bool launch_cluster_loss(const Logits<Z>& logits, G* out, int64_t out_stride, co
     if (plan.blocks == 0) return false;
     // Always the most, so that two threads of the host cannot take it from each other.
     REVISUAL_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared.whole));
+    REVISUAL_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                       cudaSharedmemCarveoutMaxShared));  // room for two blocks
     cudaLaunchAttribute shape{};
     shape.id = cudaLaunchAttributeClusterDimension;
     shape.val.clusterDim = {unsigned(plan.blocks), 1, 1};
