@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -211,3 +212,33 @@ def flops_of(x: Inputs, o: Any, tokens: TokenBatch, **options: Any) -> float:
             loss.backward()
 
     return count_gemm_flops(run) / (n * d * v)
+
+
+INLINED_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"clip_low": 0.1, "clip_high": 0.3, "delta": 1.5},
+    {"dual_clip": 1.3},
+    {"delta": 1.2, "dual_clip": 1.1},
+    {"surrogate": "cispo", "clip_high": 0.1},
+    {"surrogate": "sapo"},
+    {"surrogate": "reinforce"},
+    {"surrogate": "sft"},
+]
+"""Surrogates of the one-kernel path, with their bounds."""
+
+
+def inlined_objectives(settings: dict[str, Any], tokens: TokenBatch) -> Iterator[tuple[PolicyObjective, TokenBatch]]:
+    """``settings`` with every KL, bias correction, rollout correction (derived and given) and entropy term."""
+    given = torch.linspace(0, 2, len(tokens.advantages))
+    kinds = itertools.product((None, "k1", "k2", "k3"), (False, True), (None, "truncate", "mask", "given"), (0.0, 0.05))
+    for kl, bias, correction, entropy in kinds:
+        o = PolicyObjective(
+            **settings,
+            kl=kl or "k3",
+            kl_coef=0.0 if kl is None else 0.3,
+            kl_bias_correction=bias,
+            rollout_correction="truncate" if correction == "given" else correction,
+            rollout_cap=1.1,
+            entropy_coef=entropy,
+        )
+        yield o, replace(tokens, importance=given) if correction == "given" else tokens

@@ -14,14 +14,14 @@ from revisual_fast.kernels.embed import pack_embeddings
 from revisual_fast.kernels.mrope import mrope, mrope_, mrope_axis
 from revisual_fast.kernels.prefix import KVRows, gather_kv
 from revisual_fast.kernels.row_sums import row_sums
+from tests.devices import ALL_BACKENDS
 from tests.gpu.test_kernels import no_synchronisation
-from tests.packing_backends import PACKING_BACKENDS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-backends = pytest.mark.parametrize("backend", PACKING_BACKENDS)
+backends = pytest.mark.parametrize("backend", ALL_BACKENDS)
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 

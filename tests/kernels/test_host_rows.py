@@ -19,7 +19,7 @@ from revisual_fast import PolicyObjective
 from revisual_fast.kernels.plan import CORRECTIONS, KL_FORMS, SURROGATES, Part
 from revisual_fast.kernels.reference import TorchChunk, Transform
 from revisual_fast.library import make_plan
-from tests.numerics import make_tokens, relative_error
+from tests.numerics import INLINED_SETTINGS, inlined_objectives, make_tokens, relative_error
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -235,19 +235,7 @@ def test_the_row_is_laid_into_a_cluster(
 # The objective
 
 
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"clip_low": 0.1, "clip_high": 0.3, "delta": 1.5},
-    {"dual_clip": 1.3},
-    {"delta": 1.2, "dual_clip": 1.1},
-    {"surrogate": "cispo", "clip_high": 0.1},
-    {"surrogate": "sapo"},
-    {"surrogate": "reinforce"},
-    {"surrogate": "sft"},
-]
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())) or "clip")
+@pytest.mark.parametrize("settings", INLINED_SETTINGS, ids=lambda s: "-".join(map(str, s.values())) or "clip")
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off", "on"])
 def test_every_combination_of_the_objective(host: ctypes.CDLL, settings: dict[str, Any], on_policy: bool) -> None:
     """Loss, c and e of rows in float64 against autograd through ``revisual_fast.losses``."""
@@ -259,18 +247,7 @@ def test_every_combination_of_the_objective(host: ctypes.CDLL, settings: dict[st
     entropy = -(rows.softmax(-1) * rows.log_softmax(-1)).sum(-1)
     advantages = torch.where(torch.arange(n) % 7 == 0, 0, tokens.advantages)
     tokens = replace(tokens, advantages=advantages, old_logp=None if on_policy else tokens.old_logp)
-    kinds = itertools.product((None, "k1", "k2", "k3"), (False, True), (None, "truncate", "mask", "given"), (0.0, 0.05))
-    for kl, bias, correction, entropy_coef in kinds:
-        o = PolicyObjective(
-            **settings,
-            kl=kl or "k3",
-            kl_coef=0.0 if kl is None else 0.3,
-            kl_bias_correction=bias,
-            rollout_correction="truncate" if correction == "given" else correction,
-            rollout_cap=1.1,
-            entropy_coef=entropy_coef,
-        )
-        batch = replace(tokens, importance=torch.linspace(0, 2, n)) if correction == "given" else tokens
+    for o, batch in inlined_objectives(settings, tokens):
         check_objective(host, o, batch, logp, entropy)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from revisual_fast.kernels.reference import TorchChunk, Transform
 from revisual_fast.kernels.rows import KernelChunk, RawRows, row_kernels
 from revisual_fast.losses import loss_gradients
 from tests.devices import ALL_BACKENDS, DEVICE, KERNELS, ON_DEVICE
-from tests.numerics import make, make_tokens, relative_error
+from tests.numerics import INLINED_SETTINGS, inlined_objectives, make, make_tokens, relative_error
 
 pytestmark = ON_DEVICE
 
@@ -167,20 +166,8 @@ def test_offsets_beyond_two_to_the_31(backend: str, tmp_path: Path) -> None:
 # The objective in the kernel
 
 
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"clip_low": 0.1, "clip_high": 0.3, "delta": 1.5},
-    {"dual_clip": 1.3},
-    {"delta": 1.2, "dual_clip": 1.1},
-    {"surrogate": "cispo", "clip_high": 0.1},
-    {"surrogate": "sapo"},
-    {"surrogate": "reinforce"},
-    {"surrogate": "sft"},
-]
-
-
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())) or "clip")
+@pytest.mark.parametrize("settings", INLINED_SETTINGS, ids=lambda s: "-".join(map(str, s.values())) or "clip")
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off", "on"])
 def test_every_combination_of_the_inlined_objective(backend: str, settings: dict[str, Any], on_policy: bool) -> None:
     """Loss and gradient of rows in the kernel against the same objective in float64, through ``losses``."""
@@ -190,27 +177,15 @@ def test_every_combination_of_the_inlined_objective(backend: str, settings: dict
     tokens = make_tokens({"hidden": logits, "weight": torch.eye(v), "targets": targets}, cu_seqlens=None)
     tokens = replace(tokens, old_logp=None) if on_policy else tokens
     logits, targets = logits.to(DEVICE), targets.to(DEVICE)
-    given = torch.linspace(0, 2, n)
-    kinds = itertools.product((None, "k1", "k2", "k3"), (False, True), (None, "truncate", "mask", "given"), (0.0, 0.05))
-    for kl, bias, correction, entropy in kinds:
-        o = PolicyObjective(
-            **settings,
-            kl=kl or "k3",
-            kl_coef=0.0 if kl is None else 0.3,
-            kl_bias_correction=bias,
-            rollout_correction="truncate" if correction == "given" else correction,
-            rollout_cap=1.1,
-            entropy_coef=entropy,
-        )
-        batch = replace(tokens, importance=given) if correction == "given" else tokens
+    for o, batch in inlined_objectives(settings, tokens):
         leaf = logits.clone().requires_grad_()
         out = policy_loss_from_logits(leaf, targets, batch, o, backend=backend)
         out.loss.backward()
         wide = logits.double().requires_grad_()
         wanted = policy_loss_from_logits(wide, targets, batch, o, backend="torch")
         wanted.loss.backward()
-        assert torch.allclose(out.loss.double(), wanted.loss, rtol=1e-5, atol=1e-6), (kl, bias, correction, entropy)
-        assert relative_error(leaf.grad, wide.grad) < 1e-5, (kl, bias, correction, entropy)
+        assert torch.allclose(out.loss.double(), wanted.loss, rtol=1e-5, atol=1e-6), o
+        assert relative_error(leaf.grad, wide.grad) < 1e-5, o
 
 
 # The ops on this backend

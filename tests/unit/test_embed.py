@@ -6,11 +6,11 @@ import torch
 from revisual_fast.kernels.embed import pack_embeddings
 from revisual_fast.kernels.row_sums import packing_backend, row_sums, transposed
 from revisual_fast.policy.model import _is_plain
-from tests.devices import DEVICE, ON_DEVICE
-from tests.packing_backends import FLOATS, PACKING_BACKENDS, skip_missing
+from tests.devices import ALL_BACKENDS, DEVICE, ON_DEVICE
+from tests.packing_backends import FLOATS, skip_missing
 
 pytestmark = [*ON_DEVICE, pytest.mark.usefixtures("poisoned_and_deterministic")]
-backends = pytest.mark.parametrize("backend", PACKING_BACKENDS)
+backends = pytest.mark.parametrize("backend", ALL_BACKENDS)
 
 
 def make(width: int, dtype: torch.dtype, features_dtype: torch.dtype | None = None):

@@ -5,8 +5,7 @@ import torch
 
 from revisual_fast.kernels.dispatch import pick_backend
 from revisual_fast.kernels.gather import gather_rows, gather_rows_backward
-from tests.devices import DEVICE, ON_DEVICE
-from tests.packing_backends import PACKING_BACKENDS as BACKENDS
+from tests.devices import ALL_BACKENDS, DEVICE, ON_DEVICE
 from tests.packing_backends import skip_missing
 
 pytestmark = [*ON_DEVICE, pytest.mark.usefixtures("poisoned_and_deterministic")]
@@ -31,7 +30,7 @@ def make(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, to
     return hidden, rows, torch.randn(len(rows), width, generator=g).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("width", [7, 520])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_rows_and_gradient(backend, width, dtype):
@@ -58,14 +57,14 @@ def test_fp32_on_the_cpu_is_plain_indexing_to_the_last_bit():
     assert torch.equal(plain, got)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_a_large_group_is_rounded_once(backend):
     rows = torch.zeros(4096, dtype=torch.int64, device=DEVICE)
     d_out = torch.full((4096, 1), 1.0, device=DEVICE, dtype=torch.bfloat16)
     assert gather_rows_backward(d_out, rows, 2, backend).tolist() == [[4096.0], [0.0]]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_the_sum_has_one_order(backend):
     hidden, rows, d_out = make(33, torch.float32)
     first, again = (gather_rows_backward(d_out, rows, len(hidden), backend) for _ in range(2))
@@ -83,7 +82,7 @@ def test_nothing_but_the_rows_is_kept():
     assert [(x.data_ptr(), x.dtype) for x in kept] == [(rows.data_ptr(), torch.int64)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_edges(backend):
     hidden = torch.randn(4, 3, device=DEVICE, requires_grad=True)
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)

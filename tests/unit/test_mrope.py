@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from revisual_fast.kernels.mrope import mrope, mrope_, mrope_axis
-from tests.devices import DEVICE, ON_DEVICE
-from tests.packing_backends import PACKING_BACKENDS
+from tests.devices import ALL_BACKENDS, DEVICE, ON_DEVICE
 
 pytestmark = [*ON_DEVICE, pytest.mark.usefixtures("poisoned_and_deterministic")]
-backends = pytest.mark.parametrize("backend", PACKING_BACKENDS)
+backends = pytest.mark.parametrize("backend", ALL_BACKENDS)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

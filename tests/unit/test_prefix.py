@@ -5,11 +5,11 @@ import torch
 
 from revisual_fast.kernels.prefix import KVRows, gather_kv
 from revisual_fast.kernels.row_sums import row_sums, transposed
-from tests.devices import DEVICE, ON_DEVICE
-from tests.packing_backends import FLOATS, PACKING_BACKENDS, skip_missing
+from tests.devices import ALL_BACKENDS, DEVICE, ON_DEVICE
+from tests.packing_backends import FLOATS, skip_missing
 
 pytestmark = [*ON_DEVICE, pytest.mark.usefixtures("poisoned_and_deterministic")]
-backends = pytest.mark.parametrize("backend", PACKING_BACKENDS)
+backends = pytest.mark.parametrize("backend", ALL_BACKENDS)
 
 
 def shared_rows(prompts=((4, 3), (2, 12)), length: int = 1) -> KVRows:
