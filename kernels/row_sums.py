@@ -82,6 +82,10 @@ def rows_or_nan(
     """``x[index]`` by torch, ``[N, ...]``, and as in the kernels nan where there is no such row."""
     if len(x) == 0:
         return x.new_full((len(index), *x.shape[1:]), torch.nan)
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and len(index) > 0:
+        low, high = (int(bound) for bound in index.aminmax())
+        if low >= 0 and high < len(x):
+            return x.index_select(0, index)
     known = ((index >= 0) & (index < len(x))).view(-1, *[1] * (x.ndim - 1))
     return torch.where(known, x.index_select(0, index.clamp(0, len(x) - 1)), torch.nan)
 

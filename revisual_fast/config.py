@@ -67,6 +67,10 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     liger_kernels: Literal["auto"] | bool = "auto"
     """RMSNorm, SwiGLU and RoPE by liger-kernel; auto: where it is installed and the device is CUDA."""
+    attention: Literal["auto", "flash", "varlen", "triton", "sdpa"] = "auto"
+    """Attention over packed rows (docs/packing.md); auto: flash-attn's or torch's varlen kernel where they run, or SDPA."""
+    vision_cache_mib: Count = 2048
+    """Image features of a frozen vision tower are kept up to this size, on the model's device; 0: none."""
     lora: LoraConfig | None = None
     min_pixels: Positive | None = None
     max_pixels: Positive | None = None
@@ -261,7 +265,9 @@ class TrainConfig(Section):
     max_steps: Positive | None = None
     """Cut every stage after this many steps."""
     micro_batch_tokens: Positive = 16384
-    """Packed tokens per forward and backward pass."""
+    """Packed tokens per forward and backward pass: what bounds the memory of their activations."""
+    layout: Literal["shared", "varlen"] = "shared"
+    """shared: a group's prompt stands in the packed row once; varlen: once per completion, for comparison."""
     max_nonfinite: Positive = 3
     """Stop after this many steps in a row with a non-finite loss or gradient."""
 

@@ -17,6 +17,7 @@ from revisual_fast.data.records import BadRecordError, BadRecords, Record, load_
 from revisual_fast.doctor import device_name
 from revisual_fast.evaluate import evaluate
 from revisual_fast.ops import OPS, resolve_backend
+from revisual_fast.policy.attention import pick_attention
 from revisual_fast.policy.init import build
 from revisual_fast.policy.liger import use_liger
 from revisual_fast.policy.load import check_model_path, export_model, load_policy, pick_device, quiet_transformers
@@ -164,13 +165,16 @@ class Curriculum:
         return {name: load_dataset(name, self.config.data[name], self.bad_records) for name in dict.fromkeys(used)}
 
     def _header(self) -> list[str]:
-        device = device_name(self.config.model.device)
+        model = self.config.model
+        device = device_name(model.device)
         lines = [f"revisual-fast {__version__} · {device} · run {self.run_dir.path} · seed {self.config.run.seed}"]
         lines += [f"data {name}: {len(records)} records" for name, records in self.records.items()]
         lines += [f"bad records ({reason}): {count}" for reason, count in self.bad_records.counts.items()]
         lines.append(f"curriculum: {' -> '.join(self.config.curriculum)}")
-        lines.append(f"backends: {', '.join(f'{op} {resolve_backend(op)}' for op in OPS)}, attention sdpa")
-        liger, why = use_liger(self.config.model.liger_kernels, pick_device(self.config.model.device))
+        attention, why = pick_attention(model.attention, pick_device(model.device), getattr(torch, model.dtype))
+        lines.append(f"backends: {', '.join(f'{op} {resolve_backend(op)}' for op in OPS)}")
+        lines.append(f"attention: {attention} ({why})")
+        liger, why = use_liger(model.liger_kernels, pick_device(model.device))
         lines.append(f"liger kernels: {'on' if liger else 'off'} ({why})")
         for name in self.config.curriculum:
             stage = self.config.stages[name]
@@ -324,6 +328,7 @@ class Curriculum:
                 self.processor.save(folder)
 
         self.progress.phase("checkpoint")
+        policy.images.clear()  # as cold as a run is that resumes from here: both compute the same, to the last bit
         state = {
             "run": self.state,
             "curriculum": self.config.curriculum,

@@ -1,12 +1,18 @@
 """What all tests share."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from revisual_fast.policy.model import Policy
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -72,3 +78,12 @@ def tiny_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "tiny_vl"
     build_tiny_vl(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def tiny_policy(tiny_vl: Path) -> Policy:
+    """The tiny model as a policy, in fp32 on the CPU."""
+    from revisual_fast.config import ModelConfig
+    from revisual_fast.policy.load import load_policy
+
+    return load_policy(tiny_vl, ModelConfig(path=str(tiny_vl), dtype="float32", device="cpu"))

@@ -14,6 +14,7 @@ __all__ = [
     "EMPTY_RESPONSE",
     "MISSING_FIELD",
     "MISSING_IMAGE",
+    "NO_VISION",
     "PLACEHOLDERS",
     "PROMPT_TOO_LONG",
     "RESPONSE_TOO_LONG",
@@ -32,6 +33,7 @@ EMPTY_ANSWER = "empty answer"
 EMPTY_RESPONSE = "empty response"
 MISSING_IMAGE = "missing image"
 UNREADABLE_IMAGE = "unreadable image"
+NO_VISION = "image for a text-only model"
 PLACEHOLDERS = "placeholders and images differ"
 SPECIAL_TOKEN = "special token in the text"
 PROMPT_TOO_LONG = "prompt over the limit"

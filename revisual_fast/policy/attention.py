@@ -1,13 +1,21 @@
 """Attention over packed rows, registered with transformers under the name ``revisual_packed``.
 
 A model whose text tower uses this name calls :func:`packed_attention` in every layer; the keyword ``packed`` carries
-the plan that does the work. There are three plans, all for the same packed layout: :class:`SdpaPlan` (training and
-scoring), :class:`PrefillPlan` (the same, and it keeps keys and values) and ``DecodePlan`` in ``rollout/hf.py`` (one new
-token per sequence).
+the plan that does the work. One plan is made for each packed row (:func:`make_plan`), for all layers, by one of four
+backends, which :func:`pick_attention` chooses once for a policy:
+
+- ``flash``: flash-attn's varlen kernel, if it is installed; ``varlen``: torch's own (``torch.nn.attention.varlen``).
+  CUDA, half precision. Keys and values of a shared prompt are gathered in front of each completion's.
+- ``triton``: kernels of this project, which read a shared prompt's keys and values where they lie, once for a group.
+- ``sdpa``: torch's ``scaled_dot_product_attention`` over rectangles of similar segments. Any device, any dtype.
+
+:class:`KeepingPlan` is for a prefill, and ``DecodePlan`` in ``rollout/hf.py`` for one new token per sequence.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,13 +24,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from revisual_fast.kernels.dispatch import triton_problem
+from revisual_fast.kernels.prefix import KVRows, gather_kv
 from revisual_fast.packing import Segments
 
-__all__ = ["NAME", "AttentionPlan", "PrefillPlan", "SdpaPlan", "available_backends", "packed_attention"]
+__all__ = [
+    *("BACKENDS", "NAME", "AttentionPlan", "KeepingPlan", "SdpaPlan", "SharedPrefixPlan", "VarlenPlan"),
+    *("attention_problem", "available_backends", "make_plan", "packed_attention", "pick_attention"),
+]
 
 NAME = "revisual_packed"
+BACKENDS = ("flash", "varlen", "triton", "sdpa")
+AUTO = ("flash", "varlen", "sdpa")
+"""What ``auto`` tries, in this order; ``triton`` is not among them until it has been measured."""
+HALF = (torch.bfloat16, torch.float16)
 WASTE = 0.25
-"""Largest share of padding in a bucket of the SDPA backend."""
+"""Largest share of padding in a rectangle of the SDPA backend."""
 
 
 class AttentionPlan(Protocol):
@@ -51,59 +68,159 @@ def packed_attention(
 AttentionInterface.register(NAME, packed_attention)
 
 
+def attention_problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot attend on ``device`` in ``dtype``, or None."""
+    if backend == "sdpa":
+        return None
+    if backend == "triton":
+        return triton_problem(device)
+    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
+        return "not installed: pip install flash-attn"
+    if device.type != "cuda":
+        return f"made for CUDA, the model is on {device.type}"
+    return None if dtype in HALF else f"made for bfloat16 and float16, the model is in {dtype}".replace("torch.", "")
+
+
 def available_backends() -> dict[str, str]:
-    """Backend -> "yes", or the reason why it is not available."""
-    return {"sdpa": "yes"}
+    """Backend -> "yes", or the reason why it is not available here, in bfloat16."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: attention_problem(name, device, torch.bfloat16) or "yes" for name in BACKENDS}
 
 
-@dataclass(frozen=True)
-class _Bucket:
-    """Segments of similar lengths, padded to a rectangle. Built once per batch, used in every layer."""
-
-    query_index: Tensor  # [B, Lq] int64, padding points at row 0
-    key_index: Tensor  # [B, Lk]
-    mask: Tensor | None  # [B, 1, Lq, Lk] bool, True = attend; None: plain causal without padding
-    valid: Tensor  # [B, Lq] bool
-
-
-class SdpaPlan:
-    """Packed attention by torch's scaled_dot_product_attention over buckets of similar segments; on any device."""
-
-    def __init__(self, segments: Segments, device: torch.device):
-        self.buckets = [_bucket(segments, members, device) for members in _similar(segments)]
-        order = torch.cat([b.query_index[b.valid] for b in self.buckets])
-        self.back = torch.empty_like(order)
-        self.back[order] = torch.arange(len(order), device=device)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
-        parts = []
-        for b in self.buckets:
-            queries, keys, values = (
-                x[index].transpose(1, 2)  # [B, heads, L, d]
-                for x, index in ((q, b.query_index), (k, b.key_index), (v, b.key_index))
-            )
-            grouped = keys.shape[1] != queries.shape[1]
-            if grouped and queries.is_cuda:  # there, a mask with grouped heads would fall to the unfused kernel
-                share = queries.shape[1] // keys.shape[1]
-                keys, values, grouped = keys.repeat_interleave(share, 1), values.repeat_interleave(share, 1), False
-            out = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=b.mask, is_causal=b.mask is None, scale=scaling, enable_gqa=grouped
-            )
-            parts.append(out.transpose(1, 2)[b.valid])  # [rows, H, d]
-        return torch.cat(parts)[self.back][None]
+def pick_attention(setting: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend for ``model.attention: setting``, and why. Raises ValueError where it is unknown or cannot run."""
+    if setting not in ("auto", *BACKENDS):
+        raise ValueError(f"model.attention: {setting!r} is unknown; it is one of auto, {', '.join(BACKENDS)}")
+    if setting != "auto":
+        problem = attention_problem(setting, device, dtype)
+        if problem is not None:
+            raise ValueError(f"model.attention: {setting} is {problem}; set it to auto or sdpa")
+        return setting, "as model.attention says"
+    problems = {name: attention_problem(name, device, dtype) for name in AUTO}
+    chosen = next(name for name in AUTO if problems[name] is None)
+    passed = [f"{name}: {problem}" for name, problem in problems.items() if problem]
+    return chosen, "; ".join(passed) or "the first choice"
 
 
-class PrefillPlan(SdpaPlan):
-    """As :class:`SdpaPlan`, and keeps keys and values: ``kept[layer] = (key, value)``, each [T, Hkv, d]."""
+def make_plan(backend: str, segments: Segments, device: torch.device) -> AttentionPlan:
+    """How one packed row attends, for all its layers."""
+    if backend == "sdpa":
+        return SdpaPlan(segments, device)
+    return SharedPrefixPlan(segments, device) if backend == "triton" else VarlenPlan(segments, device, backend)
 
-    def __init__(self, segments: Segments, device: torch.device):
-        super().__init__(segments, device)
+
+class KeepingPlan:
+    """Attends as ``plan`` does and keeps every layer's keys and values, each [T, Hkv, d]."""
+
+    def __init__(self, plan: AttentionPlan):
+        self.plan = plan
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         self.kept[layer] = (key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return super().attend(layer, query, key, value, scaling)
+        return self.plan.attend(layer, query, key, value, scaling)
+
+
+class VarlenPlan:
+    """One varlen call over all segments, bottom-right causal, keys and values gathered where a prefix is shared.
+
+    Query heads that share a key head are the kernel's business; torch 2.11's cannot, and gets the heads repeated.
+    """
+
+    def __init__(self, segments: Segments, device: torch.device, backend: str):
+        n_rows = sum(segments.length)
+        self.cu_q, self.cu_k = (x.to(device, non_blocking=True) for x in (segments.cu_q, segments.cu_k))
+        self.max_q, self.max_k = max(segments.length), max(segments.keys)
+        shared = any(segments.prefix_length)
+        self.rows = KVRows.checked(segments.key_rows.to(device, non_blocking=True), n_rows) if shared else None
+        self.flash = backend == "flash"
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
+        if self.rows is not None:
+            k, v = gather_kv(k, v, self.rows)
+        return (self._flash if self.flash else self._torch)(q, k, v, scaling)[None]
+
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        from flash_attn import flash_attn_varlen_func
+
+        bounds = (self.cu_q, self.cu_k, self.max_q, self.max_k)
+        return flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scaling, causal=True)
+
+    def _torch(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        grouped: dict[str, Any] = {}
+        if q.shape[1] != k.shape[1]:
+            if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+                grouped = {"enable_gqa": True}
+            else:
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        bounds = (self.cu_q, self.cu_k, self.max_q, self.max_k)
+        out = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=(-1, 0), **grouped)
+        assert isinstance(out, Tensor)
+        return out
+
+
+class SharedPrefixPlan:
+    """Attention by the kernels of :mod:`revisual_fast.kernels.shared_attention`: nothing is gathered."""
+
+    def __init__(self, segments: Segments, device: torch.device):
+        from revisual_fast.kernels.shared_attention import AttentionTiles
+
+        fields = (segments.start, segments.length, segments.prefix_start, segments.prefix_length)
+        self.tiles = AttentionTiles.of(*fields, device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        from revisual_fast.kernels.shared_attention import shared_attention
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return shared_attention(q, k, v, self.tiles, scale=scaling, backend="triton")[None]
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Segments of similar lengths, padded to a rectangle."""
+
+    query_index: Tensor  # [B * Lq] int64, padding points at row 0
+    keys: KVRows  # [B * Lk], likewise
+    size: int  # B
+    mask: Tensor | None  # [B, 1, Lq, Lk] bool, True = attend; None: plain causal without padding
+
+
+class SdpaPlan:
+    """Packed attention by torch's scaled_dot_product_attention over buckets of similar segments."""
+
+    def __init__(self, segments: Segments, device: torch.device):
+        members = _similar(segments)
+        self.buckets = [_bucket(segments, chosen, device) for chosen in members]
+        order, offset = [torch.empty(0, dtype=torch.long)] * len(segments.start), 0
+        for chosen in members:  # where each segment's rows lie in the buckets' rows
+            width = max(segments.length[i] for i in chosen)
+            for place, i in enumerate(chosen):
+                first = offset + place * width
+                order[i] = torch.arange(first, first + segments.length[i])
+            offset += len(chosen) * width
+        self.order = torch.cat(order).to(device)  # [T]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
+        parts = [self._attend(b, q, k, v, scaling) for b in self.buckets]
+        return torch.cat(parts).index_select(0, self.order)[None]
+
+    @staticmethod
+    def _attend(b: _Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """Rows of the bucket, padding included, [B * Lq, H, d]."""
+        rows = (q.index_select(0, b.query_index), *gather_kv(k, v, b.keys))
+        queries, keys, values = (x.unflatten(0, (b.size, -1)).transpose(1, 2) for x in rows)  # [B, heads, L, d]
+        grouped = keys.shape[1] != queries.shape[1]
+        if grouped and queries.is_cuda:  # there, a mask with grouped heads would fall to the unfused kernel
+            share = queries.shape[1] // keys.shape[1]
+            keys, values, grouped = keys.repeat_interleave(share, 1), values.repeat_interleave(share, 1), False
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, b.mask, is_causal=b.mask is None, scale=scaling, enable_gqa=grouped
+        )
+        return out.transpose(1, 2).flatten(0, 1)
 
 
 def _similar(segments: Segments) -> list[list[int]]:
@@ -127,17 +244,19 @@ def _similar(segments: Segments) -> list[list[int]]:
 
 
 def _bucket(segments: Segments, members: list[int], device: torch.device) -> _Bucket:
-    start, length, prefix_start, prefix = (
-        torch.tensor([field[i] for i in members], device=device)[:, None]
-        for field in (segments.start, segments.length, segments.prefix_start, segments.prefix_length)
-    )
-    q = torch.arange(int(length.max()), device=device)[None]  # [1, Lq]
-    k = torch.arange(int((prefix + length).max()), device=device)[None]  # [1, Lk]
-    valid = q < length
-    query_index = torch.where(valid, start + q, 0)
+    fields = (segments.start, segments.length, segments.prefix_start, segments.prefix_length)
+    start, length, prefix_start, prefix = (torch.tensor([field[i] for i in members])[:, None] for field in fields)
+    q = torch.arange(int(length.max()))[None]  # [1, Lq]
+    k = torch.arange(int((prefix + length).max()))[None]  # [1, Lk]
+    query_index = torch.where(q < length, start + q, 0)
     key_index = torch.where(k < prefix, prefix_start + k, start + k - prefix)
     key_index = torch.where(k < prefix + length, key_index, 0)
     mask = k[:, None, :] <= (q + prefix)[:, :, None]  # [B, Lq, Lk]: bottom-right causal
-    mask = mask & (k < prefix + length)[:, None, :] | ~valid[:, :, None]
-    plain = bool((prefix == 0).all() and valid.all())
-    return _Bucket(query_index, key_index, None if plain else mask[:, None], valid)
+    mask = mask & (k < prefix + length)[:, None, :] | ~(q < length)[:, :, None]
+    plain = bool((prefix == 0).all() and (q < length).all())
+    return _Bucket(
+        query_index.flatten().to(device),
+        KVRows.checked(key_index.flatten().to(device), sum(segments.length)),
+        len(members),
+        None if plain else mask[:, None].to(device),
+    )

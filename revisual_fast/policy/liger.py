@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from revisual_fast.policy.families import Qwen2_5VL
+from revisual_fast.policy.families import Family
 
 __all__ = ["apply_liger", "use_liger"]
 
@@ -41,8 +41,12 @@ def use_liger(setting: Literal["auto"] | bool, device: torch.device) -> tuple[bo
     return False, missing
 
 
-def apply_liger(family: Qwen2_5VL) -> dict[str, int]:
-    """Put the kernels into the family's model; returns how many modules of each kind were changed."""
+def apply_liger(family: Family) -> dict[str, int]:
+    """Put the kernels into the family's model; returns how many modules of each kind were changed.
+
+    A family's RMSNorms and gated MLPs are liger's by definition; those of other kinds (a Qwen3-VL's tower has
+    LayerNorms and plain MLPs) stay as they are.
+    """
     from liger_kernel.transformers.functional import liger_rope
 
     norms, mlps = family.norms(), family.swiglu_mlps()

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
 from revisual_fast.config import LoraConfig, ModelConfig
+from revisual_fast.policy.attention import pick_attention
 from revisual_fast.policy.families import family_for
 from revisual_fast.policy.liger import apply_liger, use_liger
 from revisual_fast.policy.model import Policy
@@ -47,24 +48,24 @@ def check_model_path(path: str | Path) -> None:
 def load_policy(path: str | Path, config: ModelConfig, *, adapter: Path | None = None) -> Policy:
     """The model at ``path`` as a policy; with ``config.lora`` wrapped by peft (its weights those of ``adapter``).
 
-    Raises ValueError where there is no model, the model's family is not supported, or a kernel that was asked for
+    Raises ValueError where there is no model, the model is not of a supported family, or a kernel that was asked for
     cannot run.
     """
     check_model_path(path)
     device = pick_device(config.device)
     with_liger, _ = use_liger(config.liger_kernels, device)  # refuses before gigabytes are read
+    pick_attention(config.attention, device, getattr(torch, config.dtype))  # as well
     try:
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"model.path: no model at {path}: {error}") from None
-    family_for(model_config.model_type)  # as well
+    family = family_for(model_config.model_type)
+    family.check(model_config)  # as well
     dtype = getattr(torch, config.dtype)
-    model: Any = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
+    model: Any = family.loader.from_pretrained(path, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     if config.lora is not None:
         model = _with_lora(model, config.lora, adapter)
-    policy = Policy(model.to(device))
+    policy = Policy(model.to(device), attention=config.attention, cache_bytes=config.vision_cache_mib * 2**20)
     if with_liger:
         apply_liger(policy.family)
     model.train()
@@ -92,7 +93,7 @@ def _with_lora(model: Any, config: LoraConfig, adapter: Path | None) -> Any:
 
 
 def export_model(policy: Policy, folder: Path) -> None:
-    """Write the whole model, adapters merged in, so that ``AutoModelForImageTextToText.from_pretrained`` loads it.
+    """Write the whole model, adapters merged in, so that transformers' ``from_pretrained`` loads it.
 
     The policy itself is not touched: merging and unmerging in place would leave rounding behind.
     """

@@ -1,11 +1,12 @@
-"""The policy: a multimodal model run over packed rows.
+"""The policy: a model run over packed rows.
 
-``Policy.hidden`` gives the hidden states of exactly the rows that have a target, which is what the fused loss takes;
-the vision tower runs once per distinct image of the batch.
+``Policy.hidden`` gives the hidden states of exactly the rows that have a target, which is what the fused loss takes.
+The vision tower runs once per distinct image of the batch; a frozen one not even that, if the features are still known.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from revisual_fast.kernels.embed import pack_embeddings
 from revisual_fast.kernels.gather import gather_rows
 from revisual_fast.packing import Group, Layout, PackedBatch, pack_groups
-from revisual_fast.policy.attention import NAME, AttentionPlan, SdpaPlan
+from revisual_fast.policy.attention import NAME, AttentionPlan, make_plan, pick_attention
 from revisual_fast.policy.families import Qwen2_5VL, family_for
+from revisual_fast.policy.vision_cache import CACHE_BYTES, VisionCache
 from revisual_fast.ranges import ranged, span
 
 __all__ = ["Policy"]
@@ -26,13 +28,18 @@ class Policy:
     """A model of a supported family, its text tower switched to packed attention.
 
     ``model`` is a transformers model or a peft wrapper around one. Its device and dtype are taken as they are.
+    ``attention`` is ``auto`` or one of ``policy.attention.BACKENDS``; ``cache_bytes`` bounds the image features that
+    are kept on the model's device. Raises ValueError for a family that is not supported or an attention that cannot
+    run.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, *, attention: str = "auto", cache_bytes: int = CACHE_BYTES):
         self.model = model
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
         self.family: Qwen2_5VL = family_for(self.base.config.model_type)(self.base)
         self.family.text.config._attn_implementation = NAME
+        self.attention, self.attention_why = pick_attention(attention, self.device, self.head_weight.dtype)
+        self.images = VisionCache(cache_bytes)
 
     @property
     def device(self) -> torch.device:
@@ -46,6 +53,12 @@ class Policy:
     @property
     def head_bias(self) -> Tensor | None:
         return self.family.head.bias
+
+    @property
+    def vision_trained(self) -> bool:
+        """Whether the model has a vision tower with something to train in it."""
+        visual = self.family.visual
+        return visual is not None and any(p.requires_grad for p in visual.parameters())
 
     def freeze_vision(self) -> None:
         """Take the vision tower out of training. Raises ValueError if the model has none to freeze."""
@@ -66,11 +79,12 @@ class Policy:
         return self.model.disable_adapter() if self.base is not self.model else nullcontext()
 
     @ranged("pack")
-    def pack(self, groups: list[Group], layout: Layout = "shared") -> PackedBatch:
+    def pack(self, groups: Sequence[Group], layout: Layout = "shared") -> PackedBatch:
         """Lay groups into one packed row on the policy's device."""
         family = self.family
         batch = pack_groups(
-            groups,
+            [g.prompt for g in groups],
+            [g.completions for g in groups],
             positions=family.positions,
             image_token_id=family.image_token_id,
             merge_size=family.merge_size,
@@ -79,32 +93,56 @@ class Policy:
         return batch.to(self.device)
 
     @ranged("embeddings")
-    def embed(self, batch: PackedBatch) -> Tensor:
-        """Input embeddings [1, T, D], image features in their places."""
+    def embed(self, batch: PackedBatch, features: Tensor | None) -> Tensor:
+        """Input embeddings [1, T, D], the image ``features`` [distinct, D] in their places."""
         embedding: Any = self.family.embedding
         ids = batch.ids
         if _is_plain(embedding):
             table, padding_idx = embedding.weight, embedding.padding_idx
         else:  # what it gives becomes the table
             table, ids, padding_idx = embedding(ids), torch.arange(len(ids), device=ids.device), None
-        features = None if batch.pixel_values is None else self.encode_images(batch)
         taken = torch.full_like(ids, -1).index_copy(0, batch.image_rows, batch.image_index)
         return pack_embeddings(ids, table, features, taken, padding_idx=padding_idx)[None]
 
     @ranged("vision tower")
-    def encode_images(self, batch: PackedBatch) -> Tensor:
-        """Features of the distinct images, without a graph if the tower is frozen."""
-        assert batch.pixel_values is not None
-        trained = any(p.requires_grad for p in self.family.visual.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            return self.family.encode_images(batch.pixel_values, batch.grids)
+    def image_features(self, batch: PackedBatch) -> Tensor | None:
+        """Features of the distinct images, [features, (1 + deepstack) * D], without a graph if the tower is frozen.
+
+        A frozen tower runs for those images only whose features are not in the cache.
+        """
+        if not batch.pixel_values:
+            return None
+        assert self.family.visual is not None
+        if self.vision_trained:
+            return self._encode(batch, range(len(batch.image_keys)))
+        with torch.no_grad():
+            lengths = (batch.grids.prod(1) // self.family.merge_size**2).tolist()
+            return self.images.features(
+                self.family.visual,
+                batch.image_keys,
+                lambda missing: self._encode(batch, missing).split([lengths[i] for i in missing]),
+            )
+
+    def _encode(self, batch: PackedBatch, images: Sequence[int]) -> Tensor:
+        """The features of some of the batch's images."""
+        pixels = torch.cat([batch.pixel_values[i] for i in images]).to(self.device, non_blocking=True)
+        return self.family.encode_images(pixels, batch.grids[list(images)])
 
     def states(self, batch: PackedBatch, plan: AttentionPlan | None = None) -> Tensor:
         """Final hidden states of every packed row, [T, D]."""
-        plan = plan or SdpaPlan(batch.segments, self.device)
-        embeddings = self.embed(batch)
+        plan = plan or self.plan(batch)
+        features, deepstack, width = self.image_features(batch), None, self.family.deepstack
+        if features is not None and width:  # deeper layers take features of their own
+            features, deep = features.tensor_split([features.shape[1] // (1 + width)], 1)
+            rows = gather_rows(deep.contiguous(), batch.image_index)
+            features, deepstack = features.contiguous(), (batch.image_rows, rows.unflatten(1, (width, -1)))
+        embeddings = self.embed(batch, features)
         with span("text tower"):
-            return self.family.run_text(embeddings, batch.positions, plan)
+            return self.family.run_text(embeddings, batch.positions, plan, deepstack)
+
+    def plan(self, batch: PackedBatch) -> AttentionPlan:
+        """How the rows of ``batch`` attend."""
+        return make_plan(self.attention, batch.segments, self.device)
 
     @ranged("forward")
     def hidden(self, batch: PackedBatch) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from revisual_fast.packing import Group, PackedPrompt, split_groups
-from revisual_fast.policy.attention import PrefillPlan
+from revisual_fast.packing import Group, PackedPrompt, plan_micro_batches
+from revisual_fast.policy.attention import KeepingPlan
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import ranged, span
 from revisual_fast.rollout.engine import Rollout, Sampling
@@ -124,17 +124,19 @@ class _Batch:
         logits: list[Tensor] = []
         kept: list[_Kept] = []
         top: list[Tensor] = []
-        for part in split_groups(groups, self.engine.prefill_tokens):
-            batch = policy.pack([groups[i] for i, _ in part])
-            prefill = PrefillPlan(batch.segments, policy.device)
+        (plan,) = plan_micro_batches(groups, self.engine.prefill_tokens, cost=lambda group: len(group.prompt.ids))
+        for part in plan:
+            batch = policy.pack(part.of(groups))
+            prefill = KeepingPlan(policy.plan(batch))
             states = policy.states(batch, prefill)
-            ends = torch.tensor(batch.segments.length, device=policy.device).cumsum(0)
-            logits.append(policy.logits(states[ends - 1]))
+            logits.append(policy.logits(states[batch.segments.cu_q[1:].long().to(policy.device) - 1]))
             kept.append(prefill.kept)
             top += [p.max() for p in batch.positions[:, 0].amax(0).split(batch.segments.length)]
-        lengths = torch.tensor([len(p.ids) for p in self.prompts], device=policy.device)
-        plan = DecodePlan(kept, lengths, torch.stack(top) + 1, self.n, self.sampling.max_tokens)
-        return torch.cat(logits).repeat_interleave(self.n, 0), plan
+        order = [g for part in plan for g, _ in part.parts]  # in which the prompts were prefilled
+        lengths = torch.tensor([len(self.prompts[g].ids) for g in order], device=policy.device)
+        place = torch.tensor(order, device=policy.device).argsort().repeat_interleave(self.n)  # of a sequence's prompt
+        decode = DecodePlan(kept, lengths, torch.stack(top) + 1, place, self.sampling.max_tokens)
+        return torch.cat(logits)[place], decode
 
     @ranged("collect")
     def _collect(self, steps: list[tuple[Tensor, Tensor, Tensor]]) -> list[list[Rollout]]:
@@ -166,13 +168,14 @@ class DecodePlan:
     """Attention of one new token per sequence over its own cached keys and values.
 
     ``kept`` holds what each packed row of the prefill kept, and is emptied. ``lengths`` [prompts] and ``next_position``
-    [prompts] are int64. Each sequence takes at most ``max_tokens``.
+    [prompts] are int64, in the order of the prefill; ``place`` [rows] int64 is the prompt of each sequence. Each
+    sequence takes at most ``max_tokens``.
     """
 
-    def __init__(self, kept: list[_Kept], lengths: Tensor, next_position: Tensor, n: int, max_tokens: int):
+    def __init__(self, kept: list[_Kept], lengths: Tensor, next_position: Tensor, place: Tensor, max_tokens: int):
         device = lengths.device
-        self.length = lengths.repeat_interleave(n)  # [rows]: cached positions of each row
-        self.next_position = next_position.repeat_interleave(n)
+        self.length = lengths[place]  # [rows]: cached positions of each row
+        self.next_position = next_position[place]
         self.row = torch.arange(len(self.length), device=device)
         longest = int(lengths.max())
         self.limit = longest + max_tokens
@@ -181,15 +184,15 @@ class DecodePlan:
         self.layers: dict[int, _Layer] = {}
         for layer in list(kept[0]):
             keys, values = zip(*(part.pop(layer) for part in kept), strict=True)
-            self.layers[layer] = _Layer(*(self._expand(torch.cat(x), inside, n) for x in (keys, values)))
+            self.layers[layer] = _Layer(*(self._expand(torch.cat(x), inside, place) for x in (keys, values)))
         self._mask()
 
     @staticmethod
-    def _expand(packed: Tensor, inside: Tensor, n: int) -> Tensor:
-        """[T, Hkv, d] -> [prompts * n, L, Hkv, d]; ``inside`` [prompts, L] bool says where a prompt is."""
+    def _expand(packed: Tensor, inside: Tensor, place: Tensor) -> Tensor:
+        """[T, Hkv, d] -> [rows, L, Hkv, d]; ``inside`` [prompts, L] bool says where a prompt is."""
         cache = packed.new_zeros(*inside.shape, *packed.shape[1:])
         cache[inside] = packed
-        return cache.repeat_interleave(n, 0)
+        return cache[place]
 
     def _mask(self) -> None:
         width = next(iter(self.layers.values())).key.shape[1]

@@ -23,7 +23,7 @@ from revisual_fast.data.processor import Example
 from revisual_fast.data.records import Record
 from revisual_fast.losses import PolicyObjective, TokenBatch, aggregation_weights
 from revisual_fast.ops import linear_logprob, linear_policy_loss
-from revisual_fast.packing import Group, PackedBatch, split_groups
+from revisual_fast.packing import Group, PackedBatch
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import ranged, span
 from revisual_fast.rewards import Completion, Rewards, RewardTable
@@ -217,16 +217,14 @@ class GRPOStage(Stage):
         return metrics | self.apply_gradients(value)
 
     def _micro_batches(self, sequences: list[Sequence], policy: Policy) -> Iterator[tuple[list[Sequence], PackedBatch]]:
-        """Packed rows within the token budget, each with its sequences in the order of ``cu_seqlens``."""
+        """Packed rows of near-equal cost, each with its sequences in the order of ``cu_seqlens``."""
         by_prompt: dict[int, list[Sequence]] = {}
         for sequence in sequences:
             by_prompt.setdefault(id(sequence.example), []).append(sequence)
         members = list(by_prompt.values())
         groups = [Group(m[0].example.prompt, [s.rollout.ids for s in m]) for m in members]
-        for micro in split_groups(groups, self.context.config.train.micro_batch_tokens):
-            chosen = [[members[g][i] for i in part] for g, part in micro]
-            parts = [Group(m[0].example.prompt, [s.rollout.ids for s in m]) for m in chosen]
-            yield [s for m in chosen for s in m], policy.pack(parts)
+        for micro in self.plan(groups):
+            yield [members[g][i] for g, part in micro.parts for i in part], policy.pack(micro.of(groups), self.layout)
 
     def _tokens(self, members: list[Sequence], batch: PackedBatch) -> TokenBatch:
         device = batch.targets.device

@@ -11,7 +11,7 @@ from revisual_fast.config import SFTConfig
 from revisual_fast.data.processor import Example
 from revisual_fast.losses import PolicyObjective, TokenBatch
 from revisual_fast.ops import linear_policy_loss
-from revisual_fast.packing import Group, split_groups
+from revisual_fast.packing import Group
 from revisual_fast.ranges import span
 from revisual_fast.stages.stage import Stage, StageContext, Stopwatch
 
@@ -32,17 +32,15 @@ class SFTStage(Stage):
             groups = [Group(e.prompt, [_response(e)]) for e in examples]
         with clock("update"):
             metrics = self._update(groups)
-        tokens = sum(group.tokens("shared") for group in groups)
+        tokens = sum(group.tokens(self.layout) for group in groups)
         metrics["throughput/update"] = tokens / clock.seconds["update"]
         return metrics
 
     def _update(self, groups: list[Group]) -> dict[str, Any]:
         targets = sum(len(c) for group in groups for c in group.completions)
         loss = torch.zeros((), device=self.policy.device)
-        for micro in split_groups(groups, self.context.config.train.micro_batch_tokens):
-            batch = self.policy.pack(
-                [Group(groups[g].prompt, [groups[g].completions[i] for i in part]) for g, part in micro]
-            )
+        for micro in self.plan(groups):
+            batch = self.policy.pack(micro.of(groups), self.layout)
             weight = torch.full(batch.targets.shape, 1 / targets, device=self.policy.device)
             out = linear_policy_loss(
                 self.policy.hidden(batch),

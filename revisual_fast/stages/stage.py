@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from revisual_fast.data.processor import Example, Processor
 from revisual_fast.data.records import PROMPT_TOO_LONG, RESPONSE_TOO_LONG, BadRecords, Record
 from revisual_fast.data.sampler import Sampler
 from revisual_fast.optim import Optimizer, lr_factor
+from revisual_fast.packing import CostModel, Group, MicroBatch, plan_micro_batches
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import span
 from revisual_fast.seeds import seed_for
@@ -75,6 +76,14 @@ class Stage:
         if stage.freeze_vision:
             self.policy.freeze_vision()
         self.optimizer = Optimizer(self.policy.model.named_parameters(), stage.optimizer, self.policy.family.is_vision)
+        self.layout = context.config.train.layout
+        self.cost = CostModel(
+            shape=self.policy.family.shape,
+            text_trained=context.config.model.lora is None,
+            head_trained=self.policy.head_weight.requires_grad,
+            vision_trained=self.policy.vision_trained,
+            checkpointing=context.config.model.gradient_checkpointing,
+        )
         self.position = 0  # records drawn so far, bad ones included
         self.steps = 0
         self.updates = 0
@@ -141,6 +150,12 @@ class Stage:
                 bad.handle(policy, record.source, RESPONSE_TOO_LONG, detail)
                 return None
         return example
+
+    def plan(self, groups: Sequence[Group]) -> list[MicroBatch]:
+        """The micro-batches of ``groups``, each a packed row within ``train.micro_batch_tokens``."""
+        budget = self.context.config.train.micro_batch_tokens
+        (own,) = plan_micro_batches(groups, budget, cost=self.cost, layout=self.layout)
+        return own
 
     def apply_gradients(self, loss: float) -> dict[str, float]:
         """The optimizer step for an accumulated gradient; skipped and counted where loss or gradient is not finite."""

@@ -15,7 +15,7 @@ from revisual_fast.rollout.engine import Sampling
 from revisual_fast.rollout.hf import HFEngine
 from revisual_fast.telemetry import read_jsonl
 from tests.integration.conftest import write_small_run
-from tests.unit.test_packing import make_groups, packed_logp
+from tests.groups import make_groups, packed_logp
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,7 @@ import torch
 
 from revisual_fast.config import ModelConfig
 from revisual_fast.policy.load import load_policy
-from tests.unit.test_packing import make_groups, packed_logp
+from tests.groups import make_groups, packed_logp
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 MODULES = ("rows_triton", "kept_triton", "groups_triton", "packing_triton", "scaling_triton")
+MODULES += ("shared_attention_launch",)
 ARCHITECTURES = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -36,7 +37,7 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 def compiled(gate: tuple[Any, ...], architecture: int, aligned: bool) -> dict[str, Any]:
     """What a kernel uses; pointers are aligned to 16 bytes, as allocators give them, sizes if ``aligned``."""
-    kernel, signature, constants, warps = gate
+    kernel, signature, constants, warps, *stages = gate
     names = list(kernel.arg_names)
     places = {(names.index(name),): value for name, value in constants.items()}
     kinds = {name: "constexpr" if name in constants else signature[name] for name in names}
@@ -46,11 +47,12 @@ def compiled(gate: tuple[Any, ...], architecture: int, aligned: bool) -> dict[st
         if kinds[name].startswith("*") or (aligned and kinds[name] in ("i32", "i64") and name != "n_rows")
     }
     source = ASTSource(fn=kernel, signature=kinds, constexprs=places, attrs=attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    options = {"num_warps": warps} | {"num_stages": n for n in stages}
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     what = {name: str(value) for name, value in constants.items() if value is not None}
     types = [kind for kind in signature.values() if kind.startswith("*")]
     where = {"kernel": kernel.__name__, "sm": architecture, "warps": warps, "aligned": aligned}
-    return {**where, "constants": what, "pointers": types, **usage(built.asm["cubin"])}
+    return {**where, "constants": what, "pointers": types, **usage(built.asm["cubin"]), "dynamic": built.metadata.shared}
 
 
 def main() -> Iterator[dict[str, Any]]:

@@ -74,7 +74,7 @@ def small(tmp_path: Path) -> Path:
         ("telemetry.progress=1", "telemetry.progress: Input should be true or false (given: 1)"),
         ("run.dir=5", "run.dir: Input should be a valid string (given: 5)"),
         ("rollout.engine=hf", "unknown key 'rollout.engine'"),
-        ("model.attention=sdpa", "unknown key 'model.attention'"),
+        ("model.attn=sdpa", "unknown key 'model.attn'"),
         (
             "stages.start={kind: sft, data: [text], steps: 1}",
             "stages.start: a stage's name is letters, digits, _ and -",

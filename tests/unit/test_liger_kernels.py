@@ -1,4 +1,4 @@
-"""liger-kernel's RMSNorm, SwiGLU and RoPE in the Qwen2.5-VL family: when they are used, and what they change.
+"""liger-kernel's RMSNorm, SwiGLU and RoPE in every family: when they are used, and what they change.
 
 The kernels run in Triton's interpreter, in fp32 (it has no bf16 arithmetic); tests/gpu has the same on a GPU.
 """
@@ -14,7 +14,7 @@ from revisual_fast.config import ModelConfig
 from revisual_fast.policy.families import Qwen2_5VL
 from revisual_fast.policy.liger import apply_liger, use_liger
 from revisual_fast.policy.load import load_policy
-from tests.unit.test_packing import make_groups, packed_logp
+from tests.groups import make_groups, packed_logp
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPES = [(7, [(1, 4, 4)], [4, 9, 1]), (5, [], [6, 3])]  # one prompt with an image, one without, packed in one row
@@ -48,7 +48,7 @@ def make_policy(path, liger=False, dtype="float32", **options):
 
 
 def loss_and_gradients(policy):
-    loss = packed_logp(policy, make_groups(policy.family, SHAPES)).mean()
+    loss = packed_logp(policy, make_groups(policy.base.config, SHAPES)).mean()
     loss.backward()
     return loss.item(), {n: p.grad.double() for n, p in policy.model.named_parameters() if p.grad is not None}
 
@@ -63,6 +63,28 @@ def test_loss_and_gradients_change_by_less_than_bf16_noise(tiny_vl, interpreted)
     for name, gradient in gradients.items():
         noise = (rounded[name] - gradient).norm()
         assert (liger[name] - gradient).norm() <= noise / 10, name
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", TEXT + VISION)
+def test_every_family(name, interpreted):
+    """As above; a Qwen3 has a norm over every head as well, and towers have norms and MLPs of other kinds."""
+
+    def gradients(model, liger=False):
+        policy = Policy(model)
+        changed = apply_liger(policy.family) if liger else {}
+        groups = make_groups(policy.base.config, SHAPES if name in VISION else [(7, [], [4, 9, 1]), (5, [], [6, 3])])
+        packed_logp(policy, groups).mean().backward()
+        return changed, {n: p.grad.double() for n, p in policy.model.named_parameters() if p.grad is not None}
+
+    (_, exact), (_, rounded) = gradients(tiny(name)), gradients(tiny(name).bfloat16())
+    changed, found = gradients(tiny(name), liger=True)
+    norms = {"llama": 7, "qwen2": 7, "qwen3": 13, "qwen2_vl": 7, "qwen2_5_vl": 14, "qwen3_vl": 13}[name]
+    assert changed == {"rms_norm": norms, "swiglu": 6 if name == "qwen2_5_vl" else 3, "rope": 3}
+    assert found.keys() == exact.keys()
+    for parameter, gradient in exact.items():
+        noise = (rounded[parameter] - gradient).norm()
+        assert (found[parameter] - gradient).norm() <= noise / 10, parameter
 
 
 @needs_interpreter
@@ -83,7 +105,7 @@ def test_with_checkpointing_and_with_lora(tiny_vl, interpreted, options):
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
 def test_every_module_of_this_model_is_changed_and_no_other_model(tiny_vl):
     policy, other = make_policy(tiny_vl), make_policy(tiny_vl)
-    before = packed_logp(other, make_groups(other.family, SHAPES))
+    before = packed_logp(other, make_groups(other.base.config, SHAPES))
     text, vision = len(policy.family.text.layers), len(policy.family.visual.blocks)
     assert apply_liger(policy.family) == {"rms_norm": 2 * text + 2 * vision + 2, "swiglu": text + vision, "rope": text}
     kinds = {"RMSNorm", "MLP", "Attention"}
@@ -91,12 +113,12 @@ def test_every_module_of_this_model_is_changed_and_no_other_model(tiny_vl):
         expected = any(type(module).__name__.endswith(kind) for kind in kinds) and "Vision" not in type(module).__name__
         assert ("forward" in vars(module)) == expected, name
     assert not any("forward" in vars(module) for module in other.model.modules())
-    assert torch.equal(packed_logp(other, make_groups(other.family, SHAPES)), before)
+    assert torch.equal(packed_logp(other, make_groups(other.base.config, SHAPES)), before)
 
 
 def test_rotation_by_a_given_function_is_that_of_transformers(tiny_vl):
     policy = make_policy(tiny_vl)
-    groups = make_groups(policy.family, SHAPES)
+    groups = make_groups(policy.base.config, SHAPES)
     before, calls = packed_logp(policy, groups), []
 
     def rotary(q, k, cos, sin):

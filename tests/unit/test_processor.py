@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from revisual_fast.config import ChatConfig
 from revisual_fast.data import BadRecordError, BadRecords, ImageRef, Record
-from revisual_fast.data.bad import MISSING_IMAGE, SPECIAL_TOKEN, UNREADABLE_IMAGE
+from revisual_fast.data.bad import MISSING_IMAGE, NO_VISION, SPECIAL_TOKEN, UNREADABLE_IMAGE
 from revisual_fast.data.processor import Processor
+from tests.models import tiny_config
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -286,3 +288,60 @@ def test_the_tiny_model_reads_a_scan_as_one_token(tiny):
     assert int((example.prompt.ids == tiny.image_token_id).sum()) == 1
     assert example.response[-1] == tiny.eos_token_id
     assert tiny.decode(example.response) == text
+
+
+# ---- other families
+
+
+@pytest.fixture(scope="module")
+def text_only(tiny_vl, tmp_path_factory):
+    """A text model's folder, with the kind of template that such models have: a message's content is a string."""
+    folder = tmp_path_factory.mktemp("text_only")
+    tiny_config("qwen2").save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_vl)
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_text_model_has_no_image_settings(text_only, tmp_path):
+    processor = Processor(text_only, ChatConfig(prefix="Q: "))
+    assert processor.image_processor is None
+    assert processor.image_token_id is None
+    example = processor.encode(record("Why?", response="So."), with_response=True)
+    assert processor.tokenizer.decode(example.prompt.ids) == "<|im_start|>user\nQ: Why?"
+    assert example.response[-1] == processor.eos_token_id
+    assert (example.prompt.pixel_values, example.prompt.grids.shape, example.prompt.image_keys) == (None, (0, 3), ())
+    processor.save(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+
+
+def test_a_text_model_refuses_images_record_by_record(text_only):
+    processor, counts = Processor(text_only, ChatConfig()), BadRecords()
+    question = record("Read <image>", picture(28, 28))
+    assert processor.encode_or_report(question, counts, "skip") is None
+    assert counts.counts == {NO_VISION: 1}
+    with pytest.raises(BadRecordError, match=r"data\.jsonl:1: .*no vision tower; leave data with images out"):
+        processor.encode_or_report(question, counts, "error")
+
+
+def test_image_settings_for_a_text_model_are_refused(text_only):
+    with pytest.raises(ValueError, match=r"model\.max_pixels: .* has no vision tower; remove the setting"):
+        Processor(text_only, ChatConfig(), max_pixels=28 * 28)
+
+
+def test_the_image_settings_of_a_qwen3_vl(tiny_vl, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_vl / name, tmp_path)
+    settings = {"size": {"longest_edge": 16777216, "shortest_edge": 65536}, "patch_size": 16, "temporal_patch_size": 2}
+    settings |= {"merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    settings |= {"processor_class": "Qwen3VLProcessor", "image_processor_type": "Qwen2VLImageProcessorFast"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    processor = Processor(tmp_path, ChatConfig())
+    prompt = processor.encode(record("<image>", picture(320, 290, "white"))).prompt
+    assert prompt.grids.tolist() == [[1, 18, 20]]  # both sides multiples of 32 pixels
+    assert prompt.pixel_values.shape == (360, 3 * 2 * 16 * 16)
+    assert int((prompt.ids == processor.image_token_id).sum()) == 90
+    assert torch.equal(prompt.pixel_values, torch.ones(360, 1536))
+    small = processor.encode(record("<image>", picture(20, 20))).prompt
+    assert small.grids.tolist() == [[1, 16, 16]]  # shortest_edge: 256 * 256 pixels

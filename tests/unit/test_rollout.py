@@ -11,7 +11,7 @@ from revisual_fast.packing import Group
 from revisual_fast.policy.load import load_policy
 from revisual_fast.rollout.engine import Sampling
 from revisual_fast.rollout.hf import GROW, DecodePlan, HFEngine, sample
-from tests.unit.test_packing import make_prompt, packed_logp
+from tests.groups import make_prompt, packed_logp
 
 
 @pytest.fixture(scope="module")

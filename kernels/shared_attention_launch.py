@@ -1,0 +1,166 @@
+"""Launches of the Triton kernels of shared attention: tables of the tiles, launchers, and what is compiled in tests.
+
+The tiles leave room for two programs on an SM of 228 KB of shared memory, and fit one of 100 KB (RTX cards).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from revisual_fast.kernels.shared_attention_tiles import GRAIN, AttentionTiles
+from revisual_fast.kernels.shared_attention_triton import forward_kernel, key_gradient_kernel, query_gradient_kernel
+
+LOG2_E = 1.4426950408889634
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+
+
+class Launch(NamedTuple):
+    queries: int  # rows of a tile of queries
+    keys: int  # rows of a tile of keys
+    warps: int
+    stages: int  # of the software pipeline
+
+
+class Launches(NamedTuple):
+    forward: Launch
+    query: Launch  # dQ
+    key: Launch  # dK and dV
+
+
+HALF_LAUNCHES = (  # bf16 and fp16: tensor cores
+    # widest padded head that the entry serves -> launches
+    (64, Launches(Launch(128, 64, 4, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2))),
+    (128, Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2))),
+    (256, Launches(Launch(64, 32, 8, 2), Launch(64, 32, 8, 1), Launch(32, 64, 8, 1))),
+)
+FULL_LAUNCHES = (  # fp32: no tensor cores
+    (64, Launches(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1))),
+    (128, Launches(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1))),
+    (256, Launches(Launch(16, 16, 4, 1), Launch(16, 16, 4, 1), Launch(16, 16, 4, 1))),
+)
+
+
+def launches(width: int, itemsize: int) -> Launches:
+    """Of heads padded to ``width`` elements of ``itemsize`` bytes."""
+    table = FULL_LAUNCHES if itemsize == 4 else HALF_LAUNCHES
+    return next(entry for widest, entry in table if width <= widest)
+
+
+# launchers: they fill the outputs that they are given; elements of a head lie side by side in all tensors
+
+
+def forward(
+    query: Tensor,  # [T, H, d]
+    key: Tensor,  # [T, Hkv, d]
+    value: Tensor,
+    tiles: AttentionTiles,
+    scale: float,
+    out: Tensor,  # [T, H, d] contiguous
+    lse: Tensor,  # [H, T] fp32: log2 of the sum of powers of two
+) -> None:
+    settings = _settings("forward", query.shape[2], query.dtype.itemsize, tiles.grain)
+    heads = query.shape[1]
+    with torch.cuda.device_of(query):
+        forward_kernel[(_programs(tiles.query_tiles, tiles.grain, settings["BLOCK_M"]) * heads,)](
+            *(query, key, value, out, lse, tiles.query_tiles, tiles.own_start),
+            *(len(query), heads, heads // key.shape[1], scale * LOG2_E, *_strides(query, key, value)),
+            **settings,
+        )
+
+
+def query_gradient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: AttentionTiles,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,  # [T, H, d]
+    d_query: Tensor,  # [T, H, d] contiguous
+    delta: Tensor,  # [H, T] fp32: sums of out times its gradient, which key_gradients needs
+) -> None:
+    settings = _settings("query", query.shape[2], query.dtype.itemsize, tiles.grain)
+    heads = query.shape[1]
+    with torch.cuda.device_of(query):
+        query_gradient_kernel[(_programs(tiles.query_tiles, tiles.grain, settings["BLOCK_M"]) * heads,)](
+            *(query, key, value, out, d_out, d_query, lse, delta, tiles.query_tiles, tiles.own_start),
+            *(len(query), heads, heads // key.shape[1], scale, scale * LOG2_E),
+            *_strides(query, key, value, d_out),
+            **settings,
+        )
+
+
+def key_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: AttentionTiles,
+    scale: float,
+    lse: Tensor,
+    d_out: Tensor,
+    delta: Tensor,
+    d_key: Tensor,  # [splits, T, Hkv, d] contiguous, as d_value: to be summed over splits
+    d_value: Tensor,
+) -> None:
+    settings = _settings("key", query.shape[2], query.dtype.itemsize, tiles.grain)
+    splits, _, kv_heads, _ = d_key.shape
+    heads = query.shape[1]
+    with torch.cuda.device_of(query):
+        key_gradient_kernel[(_programs(tiles.key_tiles, tiles.grain, settings["BLOCK_N"]) * kv_heads * splits,)](
+            *(query, key, value, d_out, d_key, d_value, lse, delta, tiles.key_tiles, tiles.own_end),
+            *(len(query), splits, heads, heads // kv_heads, scale, scale * LOG2_E),
+            *_strides(query, key, value, d_out),
+            **settings,
+        )
+
+
+def _programs(tiles: Tensor, grain: int, block: int) -> int:
+    return len(tiles) * (grain // block)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [x.stride(i) for x in tensors for i in (0, 1)]
+
+
+def _settings(which: str, head: int, itemsize: int, grain: int) -> dict[str, Any]:
+    width = max(16, triton.next_power_of_2(head))
+    launch: Launch = getattr(launches(width, itemsize), which)
+    return {
+        "HEAD": head,
+        "WIDTH": width,
+        "BLOCK_M": min(launch.queries, grain),
+        "BLOCK_N": min(launch.keys, grain),
+        "GRAIN": grain,
+        "INTERPRETED": INTERPRETED,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+    }
+
+
+# what is compiled without a GPU
+
+Gate = tuple[Any, dict[str, str], dict[str, Any], int, int]
+
+
+def gates() -> list[Gate]:
+    """(kernel, signature, constexprs, num_warps, num_stages) of launches that must compile without a spill."""
+    kernels = {"forward": forward_kernel, "query": query_gradient_kernel, "key": key_gradient_kernel}
+    found = []
+    for dtype, head in (("bf16", 128), ("bf16", 80), ("bf16", 64), ("fp32", 128), ("fp32", 64)):
+        for which, kernel in kernels.items():
+            constants = _settings(which, head, 4 if dtype == "fp32" else 2, GRAIN)
+            warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+            found.append((kernel, _types(kernel, dtype, constants), constants, warps, stages))
+    return found
+
+
+def _types(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
+    special = {"tiles_ptr": "*i32", "own_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    special |= {"d_k_ptr": "*fp32", "d_v_ptr": "*fp32", "scale": "fp32", "factor": "fp32"}
+    special |= dict.fromkeys(constants, "constexpr")
+    return {name: special.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
