@@ -54,7 +54,7 @@ class LoraConfig(Section):
     rank: Positive = 16
     alpha: PositiveFloat = 32.0
     dropout: Share = 0.0
-    target_modules: Strings = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    target_modules: Strings = r".*\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"  # of the text tower
 
 
 class ModelConfig(Section):

@@ -35,7 +35,8 @@ def make_prompt(family: Any, text: int, grids: list[tuple[int, int, int]], seed:
     for i, (t, h, w) in enumerate(grids):
         names.append(keys[i] if keys else f"{seed}/{i}")
         source = torch.Generator().manual_seed(zlib.crc32(names[-1].encode()))
-        pixels.append(torch.randn(t * h * w, 3 * 2 * 14 * 14, generator=source))
+        side = family.model.config.vision_config.patch_size
+        pixels.append(torch.randn(t * h * w, 3 * 2 * side * side, generator=source))
         parts += [torch.full((t * h * w // 4,), family.image_token_id), words[1 + i : 2 + i]]
     parts.append(words[1 + len(grids) :])
     shapes = torch.tensor(grids, dtype=torch.long).reshape(-1, 3)

@@ -1,11 +1,9 @@
-"""Small models of every family with random weights, groups to run them on, and transformers' padded forward."""
+"""Models of every family with random weights, and transformers' padded forward to compare packed rows with."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,13 +19,11 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from revisual_fast.packing import Group, Layout
+from revisual_fast.packing import Group
 from revisual_fast.policy.model import Policy
 
 TEXT = ("llama", "qwen2", "qwen3")
 VISION = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
-WORDS = (20, 60)
-"""Ids of ordinary words in the tiny models' vocabulary."""
 IDS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
 DECODER = {
     "vocab_size": 64,
@@ -109,55 +105,6 @@ def as_transformers(policy: Policy) -> Iterator[Any]:
         config._attn_implementation = name
 
 
-@dataclass
-class FakePrompt:
-    ids: Tensor
-    pixel_values: Tensor | None
-    grids: Tensor
-    image_keys: tuple[str, ...]
-
-
-Shape = tuple[int, Sequence[tuple[int, int, int]], Sequence[int]]
-"""A group: text tokens of the prompt, grids of its images, lengths of its completions."""
-
-
-def make_prompt(config: Any, text: int, grids: Sequence[tuple[int, int, int]], seed: int, keys: str = "") -> FakePrompt:
-    """``text`` random tokens with the images of ``grids`` between them; equal ``keys`` are equal images."""
-    words = torch.randint(*WORDS, (text,), generator=torch.Generator().manual_seed(seed))
-    parts, pixels, names = [words[:1]], [], []
-    for i, (t, h, w) in enumerate(grids):
-        name = keys[i] if keys else f"{seed}/{i}"
-        names.append(name)
-        source = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        width = 3 * 2 * config.vision_config.patch_size**2
-        pixels.append(torch.randn(t * h * w, width, generator=source))
-        parts += [torch.full((t * h * w // 4,), config.image_token_id), words[1 + i : 2 + i]]
-    return FakePrompt(
-        torch.cat([*parts, words[1 + len(grids) :]]),
-        torch.cat(pixels) if pixels else None,
-        torch.tensor(list(grids), dtype=torch.long).reshape(-1, 3),
-        tuple(names),
-    )
-
-
-def make_groups(config: Any, shapes: Sequence[Shape], seed: int = 0) -> list[Group]:
-    rng = torch.Generator().manual_seed(seed)
-    return [
-        Group(
-            make_prompt(config, text, grids, seed + i),
-            [torch.randint(*WORDS, (length,), generator=rng) for length in lengths],
-        )
-        for i, (text, grids, lengths) in enumerate(shapes)
-    ]
-
-
-def packed_logp(policy: Policy, groups: Sequence[Group], layout: Layout = "shared") -> Tensor:
-    """Log-probs of all completions' tokens, [N], from packed rows."""
-    batch = policy.pack(groups, layout)
-    logp = policy.logits(policy.hidden(batch)).log_softmax(-1)
-    return logp.gather(1, batch.targets[:, None])[:, 0]
-
-
 def padded_logp(policy: Policy, groups: Sequence[Group]) -> Tensor:
     """The same from transformers' forward: a row per completion, all padded on the right to the longest."""
     pairs = [(g.prompt, c) for g in groups for c in g.completions]
@@ -186,9 +133,7 @@ def loss_and_gradients(policy: Policy, logp: Tensor, seed: int = 1) -> tuple[flo
     policy.model.zero_grad(set_to_none=True)
     loss = -(advantages * logp).sum() / len(logp)
     loss.backward()
-    gradients = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in policy.model.named_parameters()
-    }
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in policy.model.named_parameters()}
     policy.model.zero_grad(set_to_none=True)
     return loss.item(), gradients
 

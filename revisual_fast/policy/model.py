@@ -104,7 +104,6 @@ class Policy:
         taken = torch.full_like(ids, -1).index_copy(0, batch.image_rows, batch.image_index)
         return pack_embeddings(ids, table, features, taken, padding_idx=padding_idx)[None]
 
-    @ranged("vision tower")
     def image_features(self, batch: PackedBatch) -> Tensor | None:
         """Features of the distinct images, [features, (1 + deepstack) * D], without a graph if the tower is frozen.
 
@@ -123,6 +122,7 @@ class Policy:
                 lambda missing: self._encode(batch, missing).split([lengths[i] for i in missing]),
             )
 
+    @ranged("vision tower")
     def _encode(self, batch: PackedBatch, images: Sequence[int]) -> Tensor:
         """The features of some of the batch's images."""
         pixels = torch.cat([batch.pixel_values[i] for i in images]).to(self.device, non_blocking=True)

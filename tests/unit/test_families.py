@@ -12,7 +12,8 @@ from revisual_fast.policy.families import FAMILIES, family_for
 from revisual_fast.policy.families.shapes import model_shape
 from revisual_fast.policy.load import export_model, load_policy
 from revisual_fast.policy.model import Policy
-from tests.models import TEXT, VISION, as_transformers, build, make_groups, make_prompt, packed_logp, tiny, tiny_config
+from tests.groups import make_groups, make_prompt, packed_logp
+from tests.models import TEXT, VISION, as_transformers, build, tiny, tiny_config
 
 EVERY = TEXT + VISION
 
@@ -51,11 +52,12 @@ def test_parts(name):
 @pytest.mark.parametrize("images", [[], [(1, 4, 6), (1, 2, 2)], [(1, 10, 2)]])
 def test_positions_are_those_of_transformers(name, images):
     model = tiny(name)
-    prompt = make_prompt(model.config, 3, images, seed=3)
+    family = family_for(name)(model)
+    prompt = make_prompt(family, 3, images, seed=3)
     ids = prompt.ids[None]
-    types = (ids == model.config.image_token_id).int()
+    types = (ids == family.image_token_id).int()
     expected, _ = model.model.get_rope_index(ids, types, image_grid_thw=prompt.grids)
-    assert torch.equal(family_for(name)(model).positions(prompt.ids, prompt.grids), expected[:, 0])
+    assert torch.equal(family.positions(prompt.ids, prompt.grids), expected[:, 0])
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -95,7 +97,7 @@ def test_the_models_own_forward_works_beside_the_packed_one(name):
     """Deepstack features are added by a mask there and by rows here."""
     policy, other = Policy(tiny(name)), tiny(name)
     images = [(1, 4, 6), (1, 2, 2)] if name in VISION else []
-    prompt = make_prompt(policy.base.config, 9, images, seed=1)
+    prompt = make_prompt(policy.family, 9, images, seed=1)
     inputs = {"input_ids": prompt.ids[None]}
     if images:
         types = (prompt.ids[None] == policy.family.image_token_id).int()
@@ -110,7 +112,9 @@ def test_the_models_own_forward_works_beside_the_packed_one(name):
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_vl_moe", "qwen2_moe"])
 def test_mixtures_of_experts_are_refused(model_type):
-    with pytest.raises(ValueError, match=rf"'{model_type}' \(a mixture of experts\) is not supported; supported: llama"):
+    with pytest.raises(
+        ValueError, match=rf"'{model_type}' \(a mixture of experts\) is not supported; supported: llama"
+    ):
         family_for(model_type)
 
 
@@ -124,7 +128,7 @@ def test_a_sliding_window_is_refused(name):
     config = deepcopy(tiny_config(name))
     family_for(name).check(config)
     config.get_text_config().layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    with pytest.raises(ValueError, match="a sliding window is not supported.*set use_sliding_window to false"):
+    with pytest.raises(ValueError, match=r"a sliding window is not supported.*set use_sliding_window to false"):
         family_for(name).check(config)
 
 
@@ -160,11 +164,12 @@ def test_a_saved_model_is_loaded_trained_and_exported(name, lora, tmp_path):
     tiny(name).save_pretrained(tmp_path / "given")
     policy = load_policy(tmp_path / "given", settings(tmp_path / "given", lora=lora))
     if lora:  # as if it had been trained
-        for parameter_name, parameter in policy.model.named_parameters():
-            if "lora_B" in parameter_name:
-                parameter.normal_(0, 0.1)
+        trained = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+        assert len(trained) == 2 * 7 * 3, "two factors for each projection of the text tower's three layers"
+        for parameter in trained.values():
+            parameter.normal_(0, 0.1)
     images = [(1, 4, 6)] if name in VISION else []
-    groups = make_groups(policy.base.config, [(7, images, [4, 3]), (4, [], [2])])
+    groups = make_groups(policy.family, [(7, images, [4, 3]), (4, [], [2])])
     before = packed_logp(policy, groups)
     export_model(policy, tmp_path / "exported")
     loader = AutoModelForImageTextToText if name in VISION else AutoModelForCausalLM
@@ -175,5 +180,5 @@ def test_a_saved_model_is_loaded_trained_and_exported(name, lora, tmp_path):
 @torch.no_grad()
 def test_a_tower_alone_in_half_precision_gives_features_of_its_own_dtype():
     policy = Policy(build(tiny_config("qwen3_vl")).bfloat16())
-    prompt = make_prompt(policy.base.config, 5, [(1, 4, 4)], seed=0)
+    prompt = make_prompt(policy.family, 5, [(1, 4, 4)], seed=0)
     assert policy.family.encode_images(prompt.pixel_values, prompt.grids).dtype == torch.bfloat16

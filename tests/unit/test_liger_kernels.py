@@ -14,7 +14,9 @@ from revisual_fast.config import ModelConfig
 from revisual_fast.policy.families import Qwen2_5VL
 from revisual_fast.policy.liger import apply_liger, use_liger
 from revisual_fast.policy.load import load_policy
+from revisual_fast.policy.model import Policy
 from tests.groups import make_groups, packed_logp
+from tests.models import TEXT, VISION, tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPES = [(7, [(1, 4, 4)], [4, 9, 1]), (5, [], [6, 3])]  # one prompt with an image, one without, packed in one row
@@ -48,7 +50,7 @@ def make_policy(path, liger=False, dtype="float32", **options):
 
 
 def loss_and_gradients(policy):
-    loss = packed_logp(policy, make_groups(policy.base.config, SHAPES)).mean()
+    loss = packed_logp(policy, make_groups(policy.family, SHAPES)).mean()
     loss.backward()
     return loss.item(), {n: p.grad.double() for n, p in policy.model.named_parameters() if p.grad is not None}
 
@@ -73,7 +75,7 @@ def test_every_family(name, interpreted):
     def gradients(model, liger=False):
         policy = Policy(model)
         changed = apply_liger(policy.family) if liger else {}
-        groups = make_groups(policy.base.config, SHAPES if name in VISION else [(7, [], [4, 9, 1]), (5, [], [6, 3])])
+        groups = make_groups(policy.family, SHAPES if name in VISION else [(7, [], [4, 9, 1]), (5, [], [6, 3])])
         packed_logp(policy, groups).mean().backward()
         return changed, {n: p.grad.double() for n, p in policy.model.named_parameters() if p.grad is not None}
 
@@ -105,7 +107,7 @@ def test_with_checkpointing_and_with_lora(tiny_vl, interpreted, options):
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
 def test_every_module_of_this_model_is_changed_and_no_other_model(tiny_vl):
     policy, other = make_policy(tiny_vl), make_policy(tiny_vl)
-    before = packed_logp(other, make_groups(other.base.config, SHAPES))
+    before = packed_logp(other, make_groups(other.family, SHAPES))
     text, vision = len(policy.family.text.layers), len(policy.family.visual.blocks)
     assert apply_liger(policy.family) == {"rms_norm": 2 * text + 2 * vision + 2, "swiglu": text + vision, "rope": text}
     kinds = {"RMSNorm", "MLP", "Attention"}
@@ -113,12 +115,12 @@ def test_every_module_of_this_model_is_changed_and_no_other_model(tiny_vl):
         expected = any(type(module).__name__.endswith(kind) for kind in kinds) and "Vision" not in type(module).__name__
         assert ("forward" in vars(module)) == expected, name
     assert not any("forward" in vars(module) for module in other.model.modules())
-    assert torch.equal(packed_logp(other, make_groups(other.base.config, SHAPES)), before)
+    assert torch.equal(packed_logp(other, make_groups(other.family, SHAPES)), before)
 
 
 def test_rotation_by_a_given_function_is_that_of_transformers(tiny_vl):
     policy = make_policy(tiny_vl)
-    groups = make_groups(policy.base.config, SHAPES)
+    groups = make_groups(policy.family, SHAPES)
     before, calls = packed_logp(policy, groups), []
 
     def rotary(q, k, cos, sin):

@@ -14,16 +14,8 @@ from hypothesis import strategies as st
 
 from revisual_fast.packing import Group
 from revisual_fast.policy.model import Policy
-from tests.models import (
-    TEXT,
-    VISION,
-    loss_and_gradients,
-    make_groups,
-    packed_logp,
-    padded_logp,
-    tiny,
-    worst_difference,
-)
+from tests.groups import make_groups, packed_logp
+from tests.models import TEXT, VISION, loss_and_gradients, padded_logp, tiny, worst_difference
 
 TOLERANCE = 1e-5
 LAYOUTS = ("shared", "varlen", "padded")
@@ -63,7 +55,7 @@ def assert_equal(policy: Policy, groups: list[Group], layout: str) -> None:
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_loss_and_every_gradient_equal_the_padded_forward(family, name, layout):
     policy = policy_of(family)
-    assert_equal(policy, make_groups(policy.base.config, ARRANGEMENTS[name]), layout)
+    assert_equal(policy, make_groups(policy.family, ARRANGEMENTS[name]), layout)
 
 
 lengths = st.lists(st.integers(1, 12), max_size=5)
@@ -77,7 +69,7 @@ def test_random_group_shapes(family, shapes, last, seed):
     policy = policy_of(family)
     shapes = [(text, images if family in VISION else [], own) for text, images, own in shapes]
     text, images, own = shapes[-1]
-    groups = make_groups(policy.base.config, [*shapes[:-1], (text, images, [*own, last])], seed)
+    groups = make_groups(policy.family, [*shapes[:-1], (text, images, [*own, last])], seed)
     for layout in LAYOUTS:
         assert_equal(policy, groups, layout)
 
@@ -92,7 +84,7 @@ def differing(before: torch.Tensor, after: torch.Tensor) -> set[int]:
 def test_a_changed_token_changes_no_other_sequence_by_a_bit(family, layout):
     policy = policy_of(family)
     image = [(1, 4, 4)] if family in VISION else []
-    first, second = make_groups(policy.base.config, [(7, image, [4, 9, 5]), (5, image, [6, 3])])
+    first, second = make_groups(policy.family, [(7, image, [4, 9, 5]), (5, image, [6, 3])])
     before = packed_logp(policy, [first, second], layout)
 
     changed = first.completions[1].clone()
@@ -112,7 +104,7 @@ def test_a_changed_token_changes_no_other_sequence_by_a_bit(family, layout):
 @pytest.mark.parametrize("family", VISION)
 def test_a_changed_image_changes_no_other_group_by_a_bit(family, layout):
     policy = policy_of(family)
-    first, second = make_groups(policy.base.config, [(7, [(1, 4, 4)], [4, 9, 5]), (5, [(1, 4, 4)], [6, 3])])
+    first, second = make_groups(policy.family, [(7, [(1, 4, 4)], [4, 9, 5]), (5, [(1, 4, 4)], [6, 3])])
     before = packed_logp(policy, [first, second], layout)
     prompt = replace(second.prompt, pixel_values=second.prompt.pixel_values + 1, image_keys=("another",))
     after = packed_logp(policy, [first, Group(prompt, second.completions)], layout)
@@ -123,7 +115,7 @@ def test_a_changed_image_changes_no_other_group_by_a_bit(family, layout):
 def test_gradient_checkpointing_changes_no_bit(family):
     policy = Policy(tiny(family))
     image = [(1, 6, 10)] if family in VISION else []
-    groups = make_groups(policy.base.config, [(7, image, [4, 9, 1]), (5, [], [6, 3])])
+    groups = make_groups(policy.family, [(7, image, [4, 9, 1]), (5, [], [6, 3])])
     loss, gradients = loss_and_gradients(policy, packed_logp(policy, groups))
     policy.model.train()
     policy.model.gradient_checkpointing_enable({"use_reentrant": False})

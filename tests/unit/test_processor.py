@@ -309,7 +309,8 @@ def test_a_text_model_has_no_image_settings(text_only, tmp_path):
     assert processor.image_processor is None
     assert processor.image_token_id is None
     example = processor.encode(record("Why?", response="So."), with_response=True)
-    assert processor.tokenizer.decode(example.prompt.ids) == "<|im_start|>user\nQ: Why?"
+    assert processor.chat_text("Why?") == "<|im_start|>user\nQ: Why?"
+    assert example.prompt.ids.tolist() == processor.tokenizer(processor.chat_text("Why?"))["input_ids"]
     assert example.response[-1] == processor.eos_token_id
     assert (example.prompt.pixel_values, example.prompt.grids.shape, example.prompt.image_keys) == (None, (0, 3), ())
     processor.save(tmp_path)

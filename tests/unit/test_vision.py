@@ -13,7 +13,8 @@ from transformers import vision_utils
 from revisual_fast.policy.families import vision
 from revisual_fast.policy.families.vision import TowerInputs, Windows
 from revisual_fast.policy.model import Policy
-from tests.models import VISION, as_transformers, make_groups, tiny, worst_difference
+from tests.groups import make_groups
+from tests.models import VISION, as_transformers, tiny, worst_difference
 
 CPU = torch.device("cpu")
 MIXTURES = {
@@ -153,7 +154,7 @@ def test_no_layer_waits_for_the_device(family):
     """On the meta device nothing has a value, so whoever asks for one raises."""
     policy = Policy(deepcopy(tiny(family)).to("meta"))
     shape = [(9, [(1, 6, 10), (1, 4, 4)], [4, 3])]
-    (group,) = make_groups(policy.base.config, shape)
+    (group,) = make_groups(policy.family, shape)
     features = policy.family.encode_images(group.prompt.pixel_values.to("meta"), group.prompt.grids)
     batch = policy.pack([group])
     deepstack = None
