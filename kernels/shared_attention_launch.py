@@ -15,6 +15,8 @@ from revisual_fast.kernels.shared_attention_tiles import GRAIN, AttentionTiles
 from revisual_fast.kernels.shared_attention_triton import forward_kernel, key_gradient_kernel, query_gradient_kernel
 
 LOG2_E = 1.4426950408889634
+LONGEST = 2**31 - 1
+"""Elements that an int32 can count."""
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 
@@ -34,7 +36,7 @@ class Launches(NamedTuple):
 HALF_LAUNCHES = (  # bf16 and fp16: tensor cores
     # widest padded head that the entry serves -> launches
     (64, Launches(Launch(128, 64, 4, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2))),
-    (128, Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2))),
+    (128, Launches(Launch(128, 64, 8, 2), Launch(128, 32, 8, 2), Launch(64, 64, 8, 2))),
     (256, Launches(Launch(64, 32, 8, 2), Launch(64, 32, 8, 1), Launch(32, 64, 8, 1))),
 )
 FULL_LAUNCHES = (  # fp32: no tensor cores
@@ -62,10 +64,10 @@ def forward(
     out: Tensor,  # [T, H, d] contiguous
     lse: Tensor,  # [H, T] fp32: log2 of the sum of powers of two
 ) -> None:
-    settings = _settings("forward", query.shape[2], query.dtype.itemsize, tiles.grain)
+    settings = _settings("forward", tiles.grain, query, key, value, out)
     heads = query.shape[1]
     with torch.cuda.device_of(query):
-        forward_kernel[(_programs(tiles.query_tiles, tiles.grain, settings["BLOCK_M"]) * heads,)](
+        forward_kernel[(_cuts(tiles.query_tiles, tiles.grain, settings["BLOCK_M"]) * heads,)](
             *(query, key, value, out, lse, tiles.query_tiles, tiles.own_start),
             *(len(query), heads, heads // key.shape[1], scale * LOG2_E, *_strides(query, key, value)),
             **settings,
@@ -84,10 +86,10 @@ def query_gradient(
     d_query: Tensor,  # [T, H, d] contiguous
     delta: Tensor,  # [H, T] fp32: sums of out times its gradient, which key_gradients needs
 ) -> None:
-    settings = _settings("query", query.shape[2], query.dtype.itemsize, tiles.grain)
+    settings = _settings("query", tiles.grain, query, key, value, d_out, out)
     heads = query.shape[1]
     with torch.cuda.device_of(query):
-        query_gradient_kernel[(_programs(tiles.query_tiles, tiles.grain, settings["BLOCK_M"]) * heads,)](
+        query_gradient_kernel[(_cuts(tiles.query_tiles, tiles.grain, settings["BLOCK_M"]) * heads,)](
             *(query, key, value, out, d_out, d_query, lse, delta, tiles.query_tiles, tiles.own_start),
             *(len(query), heads, heads // key.shape[1], scale, scale * LOG2_E),
             *_strides(query, key, value, d_out),
@@ -107,11 +109,11 @@ def key_gradients(
     d_key: Tensor,  # [splits, T, Hkv, d] contiguous, as d_value: to be summed over splits
     d_value: Tensor,
 ) -> None:
-    settings = _settings("key", query.shape[2], query.dtype.itemsize, tiles.grain)
+    settings = _settings("key", tiles.grain, query, key, value, d_out, d_key[0])
     splits, _, kv_heads, _ = d_key.shape
     heads = query.shape[1]
     with torch.cuda.device_of(query):
-        key_gradient_kernel[(_programs(tiles.key_tiles, tiles.grain, settings["BLOCK_N"]) * kv_heads * splits,)](
+        key_gradient_kernel[(_cuts(tiles.key_tiles, tiles.grain, settings["BLOCK_N"]) * kv_heads * splits,)](
             *(query, key, value, d_out, d_key, d_value, lse, delta, tiles.key_tiles, tiles.own_end),
             *(len(query), splits, heads, heads // kv_heads, scale, scale * LOG2_E),
             *_strides(query, key, value, d_out),
@@ -119,7 +121,7 @@ def key_gradients(
         )
 
 
-def _programs(tiles: Tensor, grain: int, block: int) -> int:
+def _cuts(tiles: Tensor, grain: int, block: int) -> int:
     return len(tiles) * (grain // block)
 
 
@@ -127,19 +129,18 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [x.stride(i) for x in tensors for i in (0, 1)]
 
 
-def _settings(which: str, head: int, itemsize: int, grain: int) -> dict[str, Any]:
+def _settings(which: str, grain: int, *tensors: Tensor) -> dict[str, Any]:
+    """Constants and options of a launch that reads and writes rows of these tensors."""
+    head, itemsize = tensors[0].shape[2], tensors[0].dtype.itemsize
+    long = max(len(x) * x.stride(0) for x in tensors) > LONGEST
+    return {"LONG": long, "INTERPRETED": INTERPRETED, **_constants(which, grain, head, itemsize)}
+
+
+def _constants(which: str, grain: int, head: int, itemsize: int) -> dict[str, Any]:
     width = max(16, triton.next_power_of_2(head))
     launch: Launch = getattr(launches(width, itemsize), which)
-    return {
-        "HEAD": head,
-        "WIDTH": width,
-        "BLOCK_M": min(launch.queries, grain),
-        "BLOCK_N": min(launch.keys, grain),
-        "GRAIN": grain,
-        "INTERPRETED": INTERPRETED,
-        "num_warps": launch.warps,
-        "num_stages": launch.stages,
-    }
+    blocks = {"BLOCK_M": min(launch.queries, grain), "BLOCK_N": min(launch.keys, grain), "GRAIN": grain}
+    return {"HEAD": head, "WIDTH": width, **blocks, "num_warps": launch.warps, "num_stages": launch.stages}
 
 
 # what is compiled without a GPU
@@ -153,7 +154,8 @@ def gates() -> list[Gate]:
     found = []
     for dtype, head in (("bf16", 128), ("bf16", 80), ("bf16", 64), ("fp32", 128), ("fp32", 64)):
         for which, kernel in kernels.items():
-            constants = _settings(which, head, 4 if dtype == "fp32" else 2, GRAIN)
+            constants = _constants(which, GRAIN, head, 4 if dtype == "fp32" else 2)
+            constants |= {"LONG": False, "INTERPRETED": False}
             warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
             found.append((kernel, _types(kernel, dtype, constants), constants, warps, stages))
     return found

@@ -20,10 +20,14 @@ TABLES = ["tiles_ptr", "own_ptr"]
 
 
 @triton.jit
-def _load_rows(base, rows, stride, live, HEAD: tl.constexpr, WIDTH: tl.constexpr, CHECKED: tl.constexpr):
-    """``[rows, WIDTH]``, zeros beyond HEAD and, if CHECKED, where a row is not live."""
+def _load_rows(
+    base, rows, stride, live, LONG: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, CHECKED: tl.constexpr
+):
+    """``[rows, WIDTH]``, zeros beyond HEAD and, if CHECKED, where a row is not live. LONG: offsets pass 2^31."""
     columns = tl.arange(0, WIDTH)
-    at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if LONG:
+        rows = rows.to(tl.int64)
+    at = base + rows[:, None] * stride + columns[None, :]
     if CHECKED:
         if HEAD == WIDTH:
             return tl.load(at, mask=live[:, None], other=0.0)
@@ -37,9 +41,11 @@ def _load_rows(base, rows, stride, live, HEAD: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _store_rows(base, rows, stride, values, live, HEAD: tl.constexpr, WIDTH: tl.constexpr):
+def _store_rows(base, rows, stride, values, live, LONG: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr):
     columns = tl.arange(0, WIDTH)
-    at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if LONG:
+        rows = rows.to(tl.int64)
+    at = base + rows[:, None] * stride + columns[None, :]
     tl.store(at, values.to(base.dtype.element_ty), mask=live[:, None] & (columns < HEAD)[None, :])
 
 
@@ -96,6 +102,7 @@ def forward_kernel(
     k_head,
     v_row,
     v_head,
+    LONG: tl.constexpr,
     HEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -109,7 +116,7 @@ def forward_kernel(
     )
     if not any_live:
         return
-    q = _load_rows(q_ptr + head * q_head, rows, q_row, live, HEAD, WIDTH, True)
+    q = _load_rows(q_ptr + head * q_head, rows, q_row, live, LONG, HEAD, WIDTH, True)
     k_ptr += head // share * k_head
     v_ptr += head // share * v_head
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -119,7 +126,7 @@ def forward_kernel(
         for start in range(free if MASKED else 0, end if MASKED else free, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             at = tl.where(j < prefix, prefix_start + j, shift + j)
-            k = _load_rows(k_ptr, at, k_row, j < end, HEAD, WIDTH, MASKED)
+            k = _load_rows(k_ptr, at, k_row, j < end, LONG, HEAD, WIDTH, MASKED)
             scores = _dot(q, tl.trans(k), None, INTERPRETED)
             if MASKED:
                 scores = tl.where(_visible(j, prefix, own, rows - shift), scores, -float("inf"))
@@ -127,10 +134,10 @@ def forward_kernel(
             p = tl.exp2(scores * factor - new_top[:, None])
             shrink = tl.exp2(top - new_top)
             total = total * shrink + tl.sum(p, 1)
-            v = _load_rows(v_ptr, at, v_row, j < end, HEAD, WIDTH, MASKED)
+            v = _load_rows(v_ptr, at, v_row, j < end, LONG, HEAD, WIDTH, MASKED)
             acc = _dot(p.to(v.dtype), v, acc * shrink[:, None], INTERPRETED)
             top = new_top
-    _store_rows(out_ptr + head * HEAD, rows, heads * HEAD, acc / total[:, None], live, HEAD, WIDTH)
+    _store_rows(out_ptr + head * HEAD, rows, heads * HEAD, acc / total[:, None], live, LONG, HEAD, WIDTH)
     tl.store(lse_ptr + head * n_rows + rows, top + tl.log2(total), mask=live)
 
 
@@ -159,6 +166,7 @@ def query_gradient_kernel(
     v_head,
     d_out_row,
     d_out_head,
+    LONG: tl.constexpr,
     HEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -172,12 +180,12 @@ def query_gradient_kernel(
     )
     if not any_live:
         return
-    out = _load_rows(out_ptr + head * HEAD, rows, heads * HEAD, live, HEAD, WIDTH, True)
-    d_out = _load_rows(d_out_ptr + head * d_out_head, rows, d_out_row, live, HEAD, WIDTH, True)
+    out = _load_rows(out_ptr + head * HEAD, rows, heads * HEAD, live, LONG, HEAD, WIDTH, True)
+    d_out = _load_rows(d_out_ptr + head * d_out_head, rows, d_out_row, live, LONG, HEAD, WIDTH, True)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     tl.store(delta_ptr + head * n_rows + rows, delta, mask=live)
     lse = tl.load(lse_ptr + head * n_rows + rows, mask=live, other=float("inf"))
-    q = _load_rows(q_ptr + head * q_head, rows, q_row, live, HEAD, WIDTH, True)
+    q = _load_rows(q_ptr + head * q_head, rows, q_row, live, LONG, HEAD, WIDTH, True)
     k_ptr += head // share * k_head
     v_ptr += head // share * v_head
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
@@ -185,15 +193,15 @@ def query_gradient_kernel(
         for start in range(free if MASKED else 0, end if MASKED else free, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             at = tl.where(j < prefix, prefix_start + j, shift + j)
-            k = _load_rows(k_ptr, at, k_row, j < end, HEAD, WIDTH, MASKED)
+            k = _load_rows(k_ptr, at, k_row, j < end, LONG, HEAD, WIDTH, MASKED)
             p = tl.exp2(_dot(q, tl.trans(k), None, INTERPRETED) * factor - lse[:, None])
             if MASKED:
                 p = tl.where(_visible(j, prefix, own, rows - shift), p, 0.0)
-            v = _load_rows(v_ptr, at, v_row, j < end, HEAD, WIDTH, MASKED)
+            v = _load_rows(v_ptr, at, v_row, j < end, LONG, HEAD, WIDTH, MASKED)
             d_p = _dot(d_out, tl.trans(v), None, INTERPRETED)
             d_scores = (p * (d_p - delta[:, None])).to(k.dtype)
             acc = _dot(d_scores, k, acc, INTERPRETED)
-    _store_rows(d_q_ptr + head * HEAD, rows, heads * HEAD, acc * scale, live, HEAD, WIDTH)
+    _store_rows(d_q_ptr + head * HEAD, rows, heads * HEAD, acc * scale, live, LONG, HEAD, WIDTH)
 
 
 @triton.jit(do_not_specialize=["n_rows", "splits"], do_not_specialize_on_alignment=TABLES)
@@ -222,6 +230,7 @@ def key_gradient_kernel(
     v_head,
     d_out_row,
     d_out_head,
+    LONG: tl.constexpr,
     HEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -249,8 +258,8 @@ def key_gradient_kernel(
     queries = tl.load(tile + 3) - shift
     some = tl.where(tl.load(own_ptr + first) == end, last - first, own)  # those that need a mask
     some = tl.minimum(tl.cdiv(some, BLOCK_M), tl.cdiv(queries, BLOCK_M))
-    k = _load_rows(k_ptr + kv_head * k_head, keys, k_row, live, HEAD, WIDTH, True)
-    v = _load_rows(v_ptr + kv_head * v_head, keys, v_row, live, HEAD, WIDTH, True)
+    k = _load_rows(k_ptr + kv_head * k_head, keys, k_row, live, LONG, HEAD, WIDTH, True)
+    v = _load_rows(v_ptr + kv_head * v_head, keys, v_row, live, LONG, HEAD, WIDTH, True)
     d_k = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     d_v = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     for FREE in tl.static_range(2):
@@ -260,18 +269,18 @@ def key_gradient_kernel(
             i = (some * FREE + step % n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
             rows = tl.where(i < own, first + i, shift + i)
             asks = i < queries
-            q = _load_rows(q_ptr + head * q_head, rows, q_row, asks, HEAD, WIDTH, True)
+            q = _load_rows(q_ptr + head * q_head, rows, q_row, asks, LONG, HEAD, WIDTH, True)
             lse = tl.load(lse_ptr + head * n_rows + rows, mask=asks, other=float("inf"))
             p = tl.exp2(_dot(k, tl.trans(q), None, INTERPRETED) * factor - lse[None, :])
             if not FREE:
                 mine = (rows[None, :] >= keys[:, None]) & (rows[None, :] < own_end[:, None])
                 p = tl.where((i >= own)[None, :] | mine, p, 0.0)
-            d_out = _load_rows(d_out_ptr + head * d_out_head, rows, d_out_row, asks, HEAD, WIDTH, True)
+            d_out = _load_rows(d_out_ptr + head * d_out_head, rows, d_out_row, asks, LONG, HEAD, WIDTH, True)
             d_v = _dot(p.to(q.dtype), d_out, d_v, INTERPRETED)
             delta = tl.load(delta_ptr + head * n_rows + rows, mask=asks, other=0.0)
             d_p = _dot(v, tl.trans(d_out), None, INTERPRETED)
             d_scores = (p * (d_p - delta[None, :])).to(q.dtype)
             d_k = _dot(d_scores, q, d_k, INTERPRETED)
     to = split * n_rows * kv_heads * HEAD + kv_head * HEAD
-    _store_rows(d_k_ptr + to, keys, kv_heads * HEAD, d_k * scale, live, HEAD, WIDTH)
-    _store_rows(d_v_ptr + to, keys, kv_heads * HEAD, d_v, live, HEAD, WIDTH)
+    _store_rows(d_k_ptr + to, keys, kv_heads * HEAD, d_k * scale, live, LONG, HEAD, WIDTH)
+    _store_rows(d_v_ptr + to, keys, kv_heads * HEAD, d_v, live, LONG, HEAD, WIDTH)

@@ -328,7 +328,6 @@ class Curriculum:
                 self.processor.save(folder)
 
         self.progress.phase("checkpoint")
-        policy.images.clear()  # as cold as a run is that resumes from here: both compute the same, to the last bit
         state = {
             "run": self.state,
             "curriculum": self.config.curriculum,

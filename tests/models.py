@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
     Qwen3VLConfig,
 )
+from transformers.initialization import no_init_weights
 
 from revisual_fast.packing import Group
 from revisual_fast.policy.model import Policy
@@ -73,23 +74,51 @@ def tiny_config(model_type: str) -> Any:
     return Qwen3VLConfig(text_config={**text, "head_dim": 16}, vision_config=tower, **IDS)
 
 
-def build(config: Any, seed: int = 0) -> Any:
-    """The model of ``config`` in fp32, every parameter drawn at random (biases and norms as well)."""
+def cut_config(size: str) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL of 3B or 7B, with two text layers and two blocks in its vision tower: one with windows, one without."""
+    text = {
+        "3B": {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2, "intermediate_size": 11008},
+        "7B": {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944},
+    }[size]
+    vision = {
+        **{"depth": 2, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14},
+        **{"window_size": 112, "fullatt_block_indexes": [1], "out_hidden_size": text["hidden_size"]},
+    }
+    return Qwen2_5_VLConfig(
+        text_config={
+            **text,
+            "vocab_size": {"3B": 151936, "7B": 152064}[size],
+            "num_hidden_layers": 2,
+            "max_position_embeddings": 128000,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision_config=vision,
+        tie_word_embeddings=size == "3B",
+        image_token_id=151655,
+        video_token_id=151656,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+    )
+
+
+def build(config: Any, std: float, seed: int = 0) -> Any:
+    """The model of ``config`` in fp32, every parameter drawn at random (those of norms around 1)."""
     loader: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    model = loader.from_config(config, dtype=torch.float32)
+    with no_init_weights():
+        model = loader.from_config(config, dtype=torch.float32)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
-            else:
-                parameter.normal_(0, 0.1, generator=rng)
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, std, generator=rng)
+            if parameter.ndim == 1 and not name.endswith("bias"):
+                parameter.add_(1)
     return model
 
 
 def tiny(model_type: str, seed: int = 0) -> Any:
     """A model of that family with some 100 thousand parameters."""
-    return build(tiny_config(model_type), seed)
+    return build(tiny_config(model_type), 0.1, seed)
 
 
 @contextmanager
@@ -126,14 +155,18 @@ def padded_logp(policy: Policy, groups: Sequence[Group]) -> Tensor:
     return torch.cat([x.gather(1, c[:, None])[:, 0] for x, (_, c) in zip(found, pairs, strict=True)])
 
 
-def loss_and_gradients(policy: Policy, logp: Tensor, seed: int = 1) -> tuple[float, dict[str, Tensor]]:
-    """A policy gradient's loss of ``logp`` [N], with random advantages, and the gradient of every parameter (zero where
-    the loss does not depend on it)."""
-    advantages = torch.randn(len(logp), generator=torch.Generator().manual_seed(seed))
+def loss_of(logp: Tensor, seed: int = 1) -> Tensor:
+    """A policy gradient's loss of ``logp`` [N], with random advantages."""
+    return -(torch.randn(len(logp), generator=torch.Generator().manual_seed(seed)) * logp).sum() / len(logp)
+
+
+def loss_and_gradients(policy: Policy, logp: Tensor) -> tuple[float, dict[str, Tensor]]:
+    """:func:`loss_of`, and the gradient of every parameter: zero where the loss does not depend on it."""
     policy.model.zero_grad(set_to_none=True)
-    loss = -(advantages * logp).sum() / len(logp)
+    loss = loss_of(logp)
     loss.backward()
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in policy.model.named_parameters()}
+    named = list(policy.model.named_parameters())
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
     policy.model.zero_grad(set_to_none=True)
     return loss.item(), gradients
 

@@ -150,7 +150,7 @@ class Processor:
 
     def _expand(self, ids: Tensor, grids: Tensor, source: str) -> Tensor:
         """ids [P] with one token per image of ``grids`` [I, 3] -> ids with one token per merged patch."""
-        if self.image_processor is None:
+        if self.image_processor is None or self.image_token_id is None:
             return ids
         here = ids == self.image_token_id
         if int(here.sum()) != len(grids):

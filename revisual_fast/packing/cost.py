@@ -45,6 +45,11 @@ class VisionShape:
     quick_gelu: bool = False  # x * sigmoid(1.702 x), written out, instead of GELU
     deepstack: int = 0  # mergers beside the last one
 
+    @property
+    def block_weights(self) -> int:
+        """Of the linear layers of a block."""
+        return 4 * self.hidden**2 + (3 if self.gated else 2) * self.hidden * self.intermediate
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -88,9 +93,8 @@ def vision_linear_flops(shape: VisionShape, grid: Grid) -> int:
     """Forward of patch embedding, blocks without their attention, and mergers."""
     t, h, w = grid
     patches, wide = t * h * w, shape.hidden * shape.merge**2
-    block = 4 * shape.hidden**2 + (3 if shape.gated else 2) * shape.hidden * shape.intermediate
     mergers = (1 + shape.deepstack) * (patches // shape.merge**2) * wide * (wide + shape.out)
-    return 2 * (patches * (shape.patch_inputs * shape.hidden + shape.depth * block) + mergers)
+    return 2 * (patches * (shape.patch_inputs * shape.hidden + shape.depth * shape.block_weights) + mergers)
 
 
 def vision_attention_flops(shape: VisionShape, grid: Grid) -> int:
@@ -111,7 +115,7 @@ def _sum_of_squares(side: int, window: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Options:
+class _Pass:
     gradient: bool = True  # False: a pass that only scores
     text_trained: bool = True  # False: the decoder's weights are frozen below adapters, whose own cost is left out
     head_trained: bool = True
@@ -121,14 +125,15 @@ class _Options:
 
 
 @dataclass(frozen=True)
-class CostModel(_Options):
+class CostModel(_Pass):
     """FLOPs of a forward and backward pass over groups, each counted as if it were alone in its micro-batch.
 
     Backward: a linear layer multiplies twice more, once for its input and once for its weight (not for the patches,
     and not for a frozen weight). Attention takes 5 products where its forward takes 2, because the scores are computed
     again (FlashAttention-2, arXiv 2307.08691, section 3.1.2): 2.5 times the forward. The head is the fused loss's:
-    6 N D V, with a frozen head 4 N D V. ``checkpointing`` adds one forward of the towers that are trained. A vision
-    tower that is frozen runs forward only, and not at all with ``vision_cached``.
+    6 N D V, with a frozen head 4 N D V. ``checkpointing`` computes the layers of the trained towers once more, without
+    their last product, the down projection, which nobody asks for. A vision tower that is frozen runs forward only,
+    and not at all with ``vision_cached``.
 
     The tower runs once per distinct image (by key) in every layout; an image that two groups share counts in both.
     """
@@ -140,23 +145,25 @@ class CostModel(_Options):
         shape, prompt = self.shape, len(group.prompt.ids)
         own = [len(c) - 1 for c in group.completions]
         if layout == "shared":
-            pairs = attention_flops(shape, prompt, 0) + sum(attention_flops(shape, n, prompt) for n in own)
+            attention = attention_flops(shape, prompt, 0) + sum(attention_flops(shape, n, prompt) for n in own)
         else:
-            pairs = sum(attention_flops(shape, prompt + n, 0) for n in own or [0])
+            attention = sum(attention_flops(shape, prompt + n, 0) for n in own or [0])
         if layout == "padded":
-            pairs += sum(attention_flops(shape, max(own) - n, 0) for n in own)
-        linear, targets = text_flops(shape, group.tokens(layout)), sum(own) + len(own)
-        return self._text(linear, pairs) + self._head(targets) + self._images(group)
+            attention += sum(attention_flops(shape, max(own) - n, 0) for n in own)
+        return self._text(group.tokens(layout), attention) + self._head(sum(own) + len(own)) + self._images(group)
 
-    def _text(self, linear: int, attention: int) -> int:
+    def _text(self, rows: int, attention: int) -> int:
+        linear = text_flops(self.shape, rows)
         if not self.gradient:
             return linear + attention
-        again = linear + attention if self.checkpointing else 0
-        return (3 if self.text_trained else 2) * linear + 7 * attention // 2 + again
+        flops = (3 if self.text_trained else 2) * linear + 7 * attention // 2
+        if self.checkpointing:
+            flops += linear + attention - 2 * rows * self.shape.layers * self.shape.hidden * self.shape.intermediate
+        return flops
 
     def _head(self, targets: int) -> int:
-        passes = (3 if self.head_trained else 2) if self.gradient else 1
-        return passes * head_flops(self.shape, targets)
+        products = (3 if self.head_trained else 2) if self.gradient else 1
+        return products * head_flops(self.shape, targets)
 
     def _images(self, group: Group) -> int:
         keys = group.prompt.image_keys
@@ -172,7 +179,9 @@ class CostModel(_Options):
         linear, attention = vision_linear_flops(vision, grid), vision_attention_flops(vision, grid)
         if not (self.gradient and self.vision_trained):
             return linear + attention
-        t, h, w = grid
-        no_gradient = 2 * t * h * w * vision.patch_inputs * vision.hidden  # the patches are data
-        again = linear + attention - no_gradient if self.checkpointing else 0
-        return 3 * linear - no_gradient + 7 * attention // 2 + again
+        patches = grid[0] * grid[1] * grid[2]
+        flops = 3 * linear - 2 * patches * vision.patch_inputs * vision.hidden + 7 * attention // 2
+        if self.checkpointing:
+            down = vision.hidden * vision.intermediate
+            flops += 2 * patches * vision.depth * (vision.block_weights - down) + attention
+        return flops

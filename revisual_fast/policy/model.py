@@ -107,7 +107,8 @@ class Policy:
     def image_features(self, batch: PackedBatch) -> Tensor | None:
         """Features of the distinct images, [features, (1 + deepstack) * D], without a graph if the tower is frozen.
 
-        A frozen tower runs for those images only whose features are not in the cache.
+        A frozen tower runs for those images only whose features are not in the cache, and for each by itself: so its
+        features do not depend, not even in the last bit, on the images beside it or on what was cached before.
         """
         if not batch.pixel_values:
             return None
@@ -115,12 +116,7 @@ class Policy:
         if self.vision_trained:
             return self._encode(batch, range(len(batch.image_keys)))
         with torch.no_grad():
-            lengths = (batch.grids.prod(1) // self.family.merge_size**2).tolist()
-            return self.images.features(
-                self.family.visual,
-                batch.image_keys,
-                lambda missing: self._encode(batch, missing).split([lengths[i] for i in missing]),
-            )
+            return self.images.features(self.family.visual, batch.image_keys, lambda i: self._encode(batch, [i]))
 
     @ranged("vision tower")
     def _encode(self, batch: PackedBatch, images: Sequence[int]) -> Tensor:

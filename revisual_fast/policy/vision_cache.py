@@ -46,33 +46,31 @@ class VisionCache:
         self._features.clear()
         self.bytes = 0
 
-    def features(
-        self, tower: nn.Module, keys: Sequence[str], encode: Callable[[list[int]], Sequence[Tensor]]
-    ) -> Tensor:
+    def features(self, tower: nn.Module, keys: Sequence[str], encode: Callable[[int], Tensor]) -> Tensor:
         """The features of all ``keys``, one after the other, ``[features, width]``.
 
-        ``encode`` gives those of the images at the indices that are missing, one tensor ``[n, width]`` each.
+        ``encode(i)`` gives those of image i, ``[n, width]``, where they are missing.
         """
         version = tower_version(tower)
         if version != self._version:
             self.clear()
             self._version = version
-        missing = [i for i, key in enumerate(keys) if key not in self._features]
-        self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
-        made = dict(zip(missing, encode(missing), strict=True)) if missing else {}
-        parts = [made[i] if i in made else self._used(key) for i, key in enumerate(keys)]
-        for i, part in made.items():
-            self._keep(keys[i], part)
-        return torch.cat(parts)
+        return torch.cat([self._one(key, i, encode) for i, key in enumerate(keys)])
 
-    def _used(self, key: str) -> Tensor:
-        self._features.move_to_end(key)
-        return self._features[key]
+    def _one(self, key: str, index: int, encode: Callable[[int], Tensor]) -> Tensor:
+        if key in self._features:
+            self.hits += 1
+            self._features.move_to_end(key)
+            return self._features[key]
+        self.misses += 1
+        made = encode(index)
+        self._keep(key, made)
+        return made
 
     def _keep(self, key: str, features: Tensor) -> None:
         if features.nbytes > self.capacity:
             return
-        self._features[key] = features.clone()  # of its own: a view would keep the whole batch alive
+        self._features[key] = features
         self.bytes += features.nbytes
         while self.bytes > self.capacity:
             _, dropped = self._features.popitem(last=False)

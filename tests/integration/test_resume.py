@@ -69,6 +69,25 @@ def uninterrupted(tiny_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder / "run"
 
 
+def test_a_frozen_tower_whose_features_are_kept_continues_exactly(small_run, tmp_path, monkeypatch):
+    """The resumed run has to encode again what the other one still has, in other company."""
+    settings = ["stages.rl.freeze_vision=true", "stages.rl.steps=6"]
+    train(load_config(small_run, [*settings, f"run.dir={tmp_path / 'straight'}"]))
+    step = Curriculum._train_step
+
+    def stop_after_three(self: Curriculum, name: str, stage: Stage) -> None:
+        step(self, name, stage)
+        self.stop.requested = (name, stage.steps) == ("rl", 3)
+
+    broken = load_config(small_run, [*settings, f"run.dir={tmp_path / 'broken'}"])
+    with monkeypatch.context() as patched:
+        patched.setattr(Curriculum, "_train_step", stop_after_three)
+        with pytest.raises(Interrupted):
+            train(broken)
+    train(broken, resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "broken")
+
+
 @pytest.mark.parametrize("at", [2, 4], ids=["after no rl checkpoint", "after one"])
 def test_killed_during_a_step(small_run, uninterrupted, tmp_path, at):
     (tmp_path / "rewards.py").write_text(KILL_ONCE.format(at=at))

@@ -13,7 +13,7 @@ from revisual_fast.policy.families.shapes import model_shape
 from revisual_fast.policy.load import export_model, load_policy
 from revisual_fast.policy.model import Policy
 from tests.groups import make_groups, make_prompt, packed_logp
-from tests.models import TEXT, VISION, as_transformers, build, tiny, tiny_config
+from tests.models import TEXT, VISION, as_transformers, tiny, tiny_config
 
 EVERY = TEXT + VISION
 
@@ -179,6 +179,6 @@ def test_a_saved_model_is_loaded_trained_and_exported(name, lora, tmp_path):
 
 @torch.no_grad()
 def test_a_tower_alone_in_half_precision_gives_features_of_its_own_dtype():
-    policy = Policy(build(tiny_config("qwen3_vl")).bfloat16())
+    policy = Policy(tiny("qwen3_vl").bfloat16())
     prompt = make_prompt(policy.family, 5, [(1, 4, 4)], seed=0)
     assert policy.family.encode_images(prompt.pixel_values, prompt.grids).dtype == torch.bfloat16

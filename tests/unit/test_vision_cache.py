@@ -42,7 +42,7 @@ def test_a_frozen_tower_runs_once_for_all_passes(policy, group):
     first.sum().backward()
     with torch.no_grad():
         again = packed_logp(policy, [group])
-    assert calls == [2]
+    assert calls == [1, 1], "one call for each image"
     assert torch.equal(first, again)
 
 
@@ -52,9 +52,9 @@ def test_only_the_images_that_are_not_known_are_encoded(policy, group):
     other = Group(make_prompt(policy.family, 6, [*GRIDS, (1, 2, 4)], 1), [torch.tensor([30])])
     packed_logp(policy, [group])
     known = packed_logp(policy, [other])
-    assert calls == [2, 1]
+    assert calls == [1, 1, 1]
     policy.images.clear()
-    torch.testing.assert_close(packed_logp(policy, [other]), known, rtol=1e-6, atol=1e-6)
+    assert torch.equal(packed_logp(policy, [other]), known), "what was known before changes no bit"
 
 
 def test_a_trained_tower_runs_for_every_pass(policy, group):
@@ -92,16 +92,16 @@ def test_an_adapter_in_the_tower_that_is_switched_off_is_another_tower(tiny_vl, 
     with policy.without_adapter():
         plain = packed_logp(policy, [group])
     assert not torch.allclose(adapted, plain)
-    assert torch.equal(packed_logp(policy, [group]), adapted)
+    torch.testing.assert_close(packed_logp(policy, [group]), adapted)  # peft has made it trainable again
 
 
 def test_the_least_recently_used_go_first_and_the_bytes_stay_within_the_capacity():
     tower, made = torch.nn.Linear(2, 2), []
 
     def encode_of(keys):
-        def encode(missing):
-            made.append([keys[i] for i in missing])
-            return [torch.full((4, 2), float(ord(keys[i]))) for i in missing]  # 32 bytes each
+        def encode(i):
+            made.append(keys[i])
+            return torch.full((4, 2), float(ord(keys[i])))  # 32 bytes
 
         return encode
 
@@ -110,7 +110,7 @@ def test_the_least_recently_used_go_first_and_the_bytes_stay_within_the_capacity
         features = cache.features(tower, keys, encode_of(keys))
         assert features[:, 0].tolist() == [float(ord(key)) for key in keys for _ in range(4)]
         assert cache.bytes <= 64
-    assert made == [["a", "b"], ["c"], ["b"]], "c pushed b out, for a was used after it"
+    assert made == ["a", "b", "c", "b"], "c pushed b out, for a was used after it"
     assert (cache.hits, cache.misses) == (2, 4)
 
 
@@ -118,7 +118,7 @@ def test_nothing_is_kept_without_room():
     tower = torch.nn.Linear(2, 2)
     cache = VisionCache(0)
     for _ in range(2):
-        cache.features(tower, "a", lambda missing: [torch.ones(1, 2) for _ in missing])
+        cache.features(tower, "a", lambda i: torch.ones(1, 2))
     assert (cache.hits, cache.misses, cache.bytes) == (0, 2, 0)
     with pytest.raises(ValueError, match="0 bytes or more"):
         VisionCache(-1)

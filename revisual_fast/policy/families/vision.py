@@ -62,9 +62,8 @@ class Windows:
         parts, first = [], 0
         for windows, length in self.buckets:
             rows = slice(first, first := first + windows * length)
-            heads = (x[rows].unflatten(0, (windows, length)).transpose(1, 2) for x in (q, k, v))  # [windows, H, L, d]
-            out = F.scaled_dot_product_attention(*heads, scale=scaling)
-            parts.append(out.transpose(1, 2).flatten(0, 1))
+            a, b, c = (x[rows].unflatten(0, (windows, length)).transpose(1, 2) for x in (q, k, v))  # [windows, H, L, d]
+            parts.append(F.scaled_dot_product_attention(a, b, c, scale=scaling).transpose(1, 2).flatten(0, 1))
         out = torch.cat(parts) if len(parts) > 1 else parts[0]
         return out[None] if self.order is None else _Permute.apply(out, self.back, self.order)[None]
 
