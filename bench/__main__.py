@@ -15,10 +15,9 @@ import torch
 from bench import machine
 from bench.checks import failures, said
 from bench.harness import Case, DeviceLost, append, measure, release_or_lost, stamp
-from bench.problems import DTYPES, OPS, cases, reserve
+from bench.problems import DTYPES, OPS, ROUNDS, STEP_ROUNDS, cases, reserve, rounds
 
 RESULTS = machine.ROOT / "bench" / "results"
-ROUNDS = {"cpu": 5, "gpu": 20}
 BUDGET = {"cpu": None, "gpu": 460.0}  # seconds
 WARMUP = {"cpu": 0, "gpu": 3}
 
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suite = options.suite or ("gpu" if torch.cuda.is_available() else "cpu")
     if suite == "gpu" and not torch.cuda.is_available():
         raise ValueError("--suite gpu needs a CUDA device: run it on one, or use --suite cpu")
-    todo = cases(suite, options.op, options.shape, options.dtype)
+    todo = cases(suite, options.op, options.shape, options.dtype, options.case)
     head = stamp(suite, "cpu" if suite == "cpu" else "cuda")
     print(f"device: {head['device']}, {head['threads']} threads, commit {machine.short(head['commit'])}")
     if suite == "cpu":
@@ -44,14 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     good, end = True, None if budget is None else start + budget
     for index, case in enumerate(todo):
         if end is not None and time.perf_counter() + reserve([case]) > end:
-            print(f"\n--budget does not reach further; left out: {'; '.join(_title(case) for case in todo[index:])}")
+            print(f"\n--budget does not reach further; left out: {'; '.join(case.title for case in todo[index:])}")
             break
         deadline = None if end is None else end - reserve(todo[index + 1 :])
         try:
-            good &= _measured(case, head, options.rounds or ROUNDS[suite], deadline, options.out)
+            good &= _measured(case, head, options.rounds or rounds(suite, case), deadline, options.out)
         except DeviceLost as error:
             left = len(todo) - index - 1
-            print(f"\n{_title(case)}\n  stopped: {error}. {left} cases are left; run them with --op.", flush=True)
+            print(f"\n{case.title}\n  stopped: {error}. {left} cases are left; run them with --op.", flush=True)
             return 1
     print(f"{time.perf_counter() - start:.0f} s in all")
     return int(not good)
@@ -60,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measured(case: Case, head: dict[str, Any], rounds: int, deadline: float | None, out: Path) -> bool:
     """One case, printed and appended. False if it, or one of our variants, failed."""
     start = time.perf_counter()
-    print(f"\n{_title(case)}", flush=True)
+    print(f"\n{case.title}", flush=True)
     try:
-        rows = measure(OPS[case.op](case), head, rounds, WARMUP[head["suite"]], deadline)
+        problem = OPS[case.op](case)
+        rows = measure(problem, head, rounds, 0 if problem.long_calls else WARMUP[head["suite"]], deadline)
     except failures() as error:
         print(f"  the case failed: {said(error)}", flush=True)
         release_or_lost(f"{case.op} itself")
@@ -80,11 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="revisual-fast bench", description=__doc__)
     parser.add_argument("--suite", choices=("cpu", "gpu"), help="default: gpu where there is CUDA, else cpu")
     parser.add_argument("--op", action="append", default=[], choices=tuple(OPS), help="may be repeated; default all")
-    parser.add_argument("--shape", type=_shape, metavar="N,D,V", help="instead of the suite's shapes")
+    parser.add_argument("--shape", type=_shape, metavar="N,D,V", help="instead of the suite's; not for training steps")
+    parser.add_argument(
+        "--case", default="", metavar="TEXT", help="only those with TEXT in the title, such as 250/96/8"
+    )
     names = sorted({name for dtypes in DTYPES.values() for name in dtypes})
     parser.add_argument("--dtype", action="append", default=[], choices=names, help="may be repeated")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
-    parser.add_argument("--rounds", type=int, metavar="n", help="timed calls a variant; default 5 (CPU), 20 (GPU)")
+    counts = f"default {ROUNDS['cpu']} (CPU), {ROUNDS['gpu']} (GPU), {STEP_ROUNDS} for training steps"
+    parser.add_argument("--rounds", type=int, metavar="n", help=f"timed calls a variant; {counts}")
     seconds = "time for the whole run: towards its end fewer rounds, no more compiling; default 460 (GPU), none (CPU)"
     parser.add_argument("--budget", type=float, metavar="seconds", help=seconds)
     return parser
@@ -95,10 +99,6 @@ def _shape(text: str) -> tuple[int, int, int]:
     if len(sizes) != 3 or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"expected N,D,V, for example 2048,512,32000; got {text!r}")
     return sizes
-
-
-def _title(case: Case) -> str:
-    return f"{case.op}  N={case.n} D={case.d} V={case.v} {case.dtype}"
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:

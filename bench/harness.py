@@ -2,9 +2,9 @@
 
 A case goes through: inputs and a float64 reference, one call of every variant whose outputs are held against it, one
 call under the memory gauge, then rounds in which every variant that passed is called once, the order rotated from round
-to round. The two first calls are the warm-up; ``warmup`` adds rounds that are not timed. A variant that fails its
-check, or fails later, gets a row that says so, without a time. What has much to compile is checked after the others,
-and left out if the deadline has passed by then.
+to round. The two first calls (one, where calls are long) are the warm-up; ``warmup`` adds rounds that are not timed. A
+variant that fails its check, or fails later, gets a row that says so, without a time. What has much to compile is
+checked after the others, and left out if the deadline has passed by then.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ ROLES = ("ours", "plain", "peer", "ceiling")
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape; ``d`` is 0 where there is no hidden size, ``v`` where there is no vocabulary."""
+    """One op at one shape; ``d`` is 0 where there is no hidden size, ``v`` where there is no vocabulary. ``label`` says
+    what these sizes cannot say of some ops."""
 
     op: str
     n: int
@@ -40,6 +41,16 @@ class Case:
     v: int
     dtype: str = "float32"
     device: str = "cpu"
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.op}  {self.label or f'N={self.n} D={self.d} V={self.v}'} {self.dtype}"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a row says of the case."""
+        return {name: value for name, value in asdict(self).items() if name != "label" or value}
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -88,6 +99,8 @@ class Problem:
     flops: int
     bytes: int
     ceilings: dict[str, tuple[Callable[[], Any], int]] = field(default_factory=dict)  # copy, gemm -> (run, amount)
+    errors: Callable[[Outputs, Outputs], dict[str, float]] = errors_of  # (outputs, reference) -> name -> error
+    long_calls: bool = False  # seconds each: the call that is checked is the one under the memory gauge as well
 
 
 def rotated(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
@@ -123,7 +136,8 @@ class Bench:
         with recompile_limit_is_an_error():
             self._check()
             _release()
-            self._memory()
+            if not self.problem.long_calls:
+                self._memory()
             self._time()
         self.calls.clear()
         _release()
@@ -159,11 +173,16 @@ class Bench:
         row = self.rows[variant.name]
         if call.reset:
             call.reset()
-        outputs = call.run()
-        row["errors"] = errors_of(outputs, reference)
+        outputs = self._gauged(call, row) if self.problem.long_calls else call.run()
+        row["errors"] = self.problem.errors(outputs, reference)
         row.update(variant.extra(outputs, reference) if variant.extra else {})
         self.calls[variant.name] = call
         return row["errors"]
+
+    def _gauged(self, call: Call, row: dict[str, Any]) -> Outputs:
+        kept: list[Outputs] = []
+        row["peak_bytes"] = self.clock.peak_bytes(lambda: kept.append(call.run()))
+        return kept[0]
 
     def _judge(self, variant: Variant, plain: dict[str, dict[str, float]]) -> None:
         row = self.rows[variant.name]
@@ -278,7 +297,7 @@ def measure(
     problem: Problem, head: dict[str, Any], rounds: int, warmup: int = 0, deadline: float | None = None
 ) -> list[dict[str, Any]]:
     """Complete rows of one case; past the deadline only ``MIN_ROUNDS`` rounds are timed."""
-    common = head | {"time": datetime.now(UTC).isoformat(), "case": asdict(problem.case)}
+    common = head | {"time": datetime.now(UTC).isoformat(), "case": problem.case.fields}
     common |= {"flops": problem.flops, "bytes": problem.bytes}
     clock = machine.clock_for(problem.case.device)
     return [common | row for row in Bench(problem, clock, rounds, warmup, deadline).run()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bench import fused, grouped, packing
+from bench import fused, grouped, packing, step
 from bench.harness import Case, Problem
 from bench.inputs import KEPT, SEQUENCES
 
@@ -13,6 +13,8 @@ OPS: dict[str, Callable[[Case], Problem]] = {
     "policy_loss_from_logits_gspo": fused.policy_loss_from_logits_gspo,
     "logits_statistics": fused.logits_statistics,
     "linear_policy_loss": fused.linear_policy_loss,
+    "grpo_step": step.grpo_step,
+    "grpo_step_share": step.grpo_step_share,
     "gather_kv": packing.kv_gather,
     "pack_embeddings": packing.pack_embeddings,
     "mrope": packing.mrope,
@@ -31,7 +33,13 @@ WORDLESS = {"group_advantages", "pad_selection", "gather_rows", "gather_kv", "mr
 SHORT = {*WORDLESS, "pack_embeddings"}  # take seconds
 UNGROUPED = SHORT - {"group_advantages"}  # take any N
 FP32_ONLY = {"group_advantages", "pad_selection"}
-RESERVE = {True: 8.0, False: 20.0}  # seconds of a budget that are kept for a case to come: is it short?
+LABELLED: dict[str, Callable[[str], list[Case]]] = {  # have shapes of their own: suite -> cases
+    "grpo_step": step.suite,
+    "grpo_step_share": step.share_suite,
+}
+RESERVE = {"short": 8.0, "long": 20.0, "step": 60.0}  # seconds of a budget that are kept for a case to come
+ROUNDS = {"cpu": 5, "gpu": 20}
+STEP_ROUNDS = 3  # of calls that take seconds
 
 SHAPES: dict[str, dict[str, list[tuple[int, int, int]]]] = {  # N, D, V
     "cpu": {
@@ -73,8 +81,10 @@ def cases(
     ops: Sequence[str] = (),
     shape: tuple[int, int, int] | None = None,
     dtypes: Sequence[str] = (),
+    title: str = "",
 ) -> list[Case]:
-    """The suite's cases, for the named ops (default all), one shape and some dtypes instead of its own.
+    """The suite's cases, for the named ops (default all), one shape and some dtypes instead of its own; of the training
+    steps, whose shapes are their own, none where a shape is given. ``title``: those whose title has it in it.
 
     The second shape of an op comes after all the first ones. Raises ValueError for a shape that an op cannot take, or
     if no case is left.
@@ -82,13 +92,18 @@ def cases(
     device = "cpu" if suite == "cpu" else "cuda"
     found = []
     for op in ops or OPS:
+        if op in LABELLED:
+            labelled = [] if shape else LABELLED[op](suite)
+            found += [(0, case) for case in labelled if not dtypes or case.dtype in dtypes]
+            continue
         for rank, (n, d, v) in enumerate([shape] if shape else SHAPES[suite][op]):
             sizes = (n, 0 if op in HEADLESS else d, 0 if op in WORDLESS else v)
             allowed = ["float32"] if op in FP32_ONLY else dtypes or DTYPES[suite]
             found += [(rank, Case(op, *sizes, dtype, device)) for dtype in allowed]
-    out = [case for _, case in sorted(found, key=lambda pair: pair[0])]
+    out = [case for _, case in sorted(found, key=lambda pair: pair[0]) if title in case.title]
     if not out:
-        raise ValueError(f"no case of {', '.join(ops)} in the {suite} suite; give --shape N,D,V")
+        own = "; grpo_step has shapes of its own: leave --shape out" if set(ops) & set(LABELLED) else ""
+        raise ValueError(f"no such case of {', '.join(ops) or 'any op'} in the {suite} suite; give --shape N,D,V{own}")
     for case in out:
         check(case)
     return out
@@ -96,7 +111,7 @@ def cases(
 
 def check(case: Case) -> None:
     """Raises ValueError for a shape that the op cannot take."""
-    if case.op not in UNGROUPED and case.n % SEQUENCES:
+    if case.op not in UNGROUPED | set(LABELLED) and case.n % SEQUENCES:
         raise ValueError(f"{case.op} takes {SEQUENCES} completions of equal length: N = {case.n} is no multiple of it")
     if case.op == "sampling_mask_replay" and case.v < 2 * KEPT:
         raise ValueError(f"{case.op} keeps {KEPT} ids a row of a vocabulary of at least {2 * KEPT}; got V = {case.v}")
@@ -106,4 +121,9 @@ def check(case: Case) -> None:
 
 def reserve(cases: Sequence[Case]) -> float:
     """Seconds of a budget that are kept for these cases."""
-    return sum(RESERVE[case.op in SHORT] for case in cases)
+    return sum(RESERVE["step" if case.op in LABELLED else "short" if case.op in SHORT else "long"] for case in cases)
+
+
+def rounds(suite: str, case: Case) -> int:
+    """Timed calls of a variant."""
+    return STEP_ROUNDS if case.op in LABELLED else ROUNDS[suite]

@@ -35,14 +35,14 @@ class Launches(NamedTuple):
 
 HALF_LAUNCHES = (  # bf16 and fp16: tensor cores
     # widest padded head that the entry serves -> launches
-    (64, Launches(Launch(128, 64, 4, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2))),
-    (128, Launches(Launch(128, 64, 8, 2), Launch(128, 32, 8, 2), Launch(64, 64, 8, 2))),
-    (256, Launches(Launch(64, 32, 8, 2), Launch(64, 32, 8, 1), Launch(32, 64, 8, 1))),
+    (64, Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2))),
+    (128, Launches(Launch(128, 64, 8, 3), Launch(128, 32, 8, 3), Launch(64, 64, 8, 2))),
+    (256, Launches(Launch(64, 32, 8, 2), Launch(64, 16, 8, 2), Launch(32, 32, 8, 2))),
 )
-FULL_LAUNCHES = (  # fp32: no tensor cores
-    (64, Launches(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1))),
-    (128, Launches(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1))),
-    (256, Launches(Launch(16, 16, 4, 1), Launch(16, 16, 4, 1), Launch(16, 16, 4, 1))),
+FULL_LAUNCHES = (  # fp32: no tensor cores, and operands in registers
+    (64, Launches(Launch(32, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1))),
+    (128, Launches(Launch(32, 32, 16, 1), Launch(16, 16, 8, 1), Launch(32, 32, 16, 1))),
+    (256, Launches(Launch(16, 16, 8, 1), Launch(16, 16, 16, 1), Launch(16, 16, 8, 1))),
 )
 
 

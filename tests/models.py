@@ -75,7 +75,7 @@ def tiny_config(model_type: str) -> Any:
 
 
 def cut_config(size: str) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL of 3B or 7B, with two text layers and two blocks in its vision tower: one with windows, one without."""
+    """Qwen2.5-VL of 3B or 7B, with two text layers and two vision blocks: one with windows, one without."""
     text = {
         "3B": {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2, "intermediate_size": 11008},
         "7B": {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944},
@@ -149,9 +149,10 @@ def padded_logp(policy: Policy, groups: Sequence[Group]) -> Tensor:
         inputs["pixel_values"] = torch.cat(pixels)
         inputs["image_grid_thw"] = torch.cat([p.grids for p, _ in pairs])
         inputs["mm_token_type_ids"] = (ids == policy.family.image_token_id).int()
+    first = min(len(p.ids) for p, _ in pairs) - 1  # nobody needs the logits before
     with as_transformers(policy) as model:
-        logp = model(**inputs, use_cache=False).logits.log_softmax(-1)
-    found = [logp[i, len(p.ids) - 1 : len(p.ids) - 1 + len(c)] for i, (p, c) in enumerate(pairs)]
+        logp = model(**inputs, use_cache=False, logits_to_keep=ids.shape[1] - first).logits.log_softmax(-1)
+    found = [logp[i, len(p.ids) - 1 - first :][: len(c)] for i, (p, c) in enumerate(pairs)]
     return torch.cat([x.gather(1, c[:, None])[:, 0] for x, (_, c) in zip(found, pairs, strict=True)])
 
 

@@ -157,9 +157,10 @@ def _patch(vision: VisionShape, b: int, checkpointing: bool, liger: bool) -> tup
     block = 2 * norm + 6 * b * hidden + 4 * vision.heads + kept * b * vision.intermediate
     merger = norm + 2 * b * hidden
     once = b * vision.patch_inputs + 8 * (hidden // vision.heads) + (1 + vision.deepstack) * merger
-    backward = b * ((2 if vision.gated else 1) * vision.intermediate + hidden)
-    if checkpointing:
-        return vision.depth * b * hidden + once, backward + block
+    backward = b * ((2 if vision.gated or vision.quick_gelu else 1) * vision.intermediate + hidden)
+    if checkpointing:  # by the last block's turn the merger is done, and what the block got is counted already
+        got = b * hidden if b == 4 or liger or not vision.rms_norm else 0
+        return vision.depth * b * hidden + once, backward + block - merger - got
     return vision.depth * block + once, backward
 
 

@@ -19,7 +19,7 @@ FEWER = 3
 CLOSE = 1.01
 """The cost of a micro-batch over the mean from which on it tries to give some away."""
 
-PARTNERS, TRIALS = 4, 500_000
+PARTNERS, TRIALS = 4, 200_000
 """To how many of the cheapest micro-batches, and how many comparisons that may take in all."""
 
 

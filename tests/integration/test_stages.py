@@ -98,15 +98,18 @@ def test_the_gradient_is_that_of_grpo_written_out(small_run, tiny_vl, monkeypatc
             )
 
 
-def test_micro_batches_do_not_change_the_gradient(small_run):
+@pytest.mark.parametrize("name", ["warm", "rl"])
+def test_neither_micro_batches_nor_the_layout_change_the_gradient(small_run, name):
     results = []
-    for budget in (32, 100000):
-        stage = build_stage(small_run, "rl", "stages.rl.update_batch=null", f"train.micro_batch_tokens={budget}")
+    for budget, layout in ((32, "shared"), (100000, "shared"), (100, "varlen")):
+        settings = [f"train.micro_batch_tokens={budget}", f"train.layout={layout}", "stages.rl.update_batch=null"]
+        stage = build_stage(small_run, name, *settings)
         gradients = capture_gradients(stage)
         stage.run_step()
         results.append(gradients[0])
-    for name, gradient in results[0].items():
-        torch.testing.assert_close(gradient, results[1][name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for n, gradient in results[0].items():
+        for other in results[1:]:
+            torch.testing.assert_close(gradient, other[n], rtol=1e-4, atol=1e-6, msg=lambda m, n=n: f"{n}: {m}")
 
 
 def test_gradient_checkpointing_recomputes_and_does_not_change_the_gradient(small_run):

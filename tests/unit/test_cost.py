@@ -192,5 +192,5 @@ def test_shapes_are_read_from_configurations():
 def test_an_unknown_model_type_is_refused():
     config = tiny_config("llama")
     config.model_type = "gpt_neox"
-    with pytest.raises(ValueError, match="gpt_neox.*known: llama"):
+    with pytest.raises(ValueError, match=r"gpt_neox.*known: llama"):
         model_shape(config)

@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from revisual_fast.packing import Group
@@ -70,6 +70,8 @@ def test_random_group_shapes(family, shapes, last, seed):
     shapes = [(text, images if family in VISION else [], own) for text, images, own in shapes]
     text, images, own = shapes[-1]
     groups = make_groups(policy.family, [*shapes[:-1], (text, images, [*own, last])], seed)
+    read = [torch.cat([g.prompt.ids, c[:-1]]) for g in groups for c in g.completions]
+    assume(any(len(ids.unique()) > 1 for ids in read))  # attention among equal tokens has no gradient but rounding
     for layout in LAYOUTS:
         assert_equal(policy, groups, layout)
 
