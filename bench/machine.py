@@ -21,10 +21,12 @@ PACKAGES = [
     *("torch", "triton", "transformers", "trl", "liger-kernel"),
     *("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl"),
 ]
-GENERATED = (":!bench/results", ":!RESULTS.md", ":!docs/roofline-*")
+GENERATED = (":!bench/results", ":!RESULTS.md", ":!docs/roofline-*", ":!docs/packing-speedup-*")
 FLUSH_BYTES = 512 << 20  # written before a timed call on CUDA; several times any L2 cache
 FLUSHES = 8  # together about a millisecond, in which the host queues what a short call launches
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+PEAK_BF16 = {"H200": 989e12, "H100 80GB HBM3": 989e12, "GH200": 989e12, "H20": 148e12, "A100": 312e12, "B200": 2250e12}
+"""Dense FLOP/s as published by NVIDIA for the name that contains this; the first that fits."""
 RESET_PEAK = "5"  # what /proc/<pid>/clear_refs takes to reset the peak resident set, man 5 proc
 
 
@@ -35,6 +37,11 @@ def device_name(device: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
     return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def peak_flops(device: str) -> float | None:
+    """Published peak in bf16 of a device of this name; None where it is not in the list."""
+    return next((peak for name, peak in PEAK_BF16.items() if name in device), None)
 
 
 def slug(name: str) -> str:

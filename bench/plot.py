@@ -1,4 +1,5 @@
-"""A roofline picture of one device: how near every variant comes to what the measured ceilings allow."""
+"""Pictures of one device: a roofline, how near every variant comes to what the measured ceilings allow; and the
+speed-up of packing over the prompt's share of the tokens."""
 
 from __future__ import annotations
 
@@ -6,14 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.report_step import SHARE, STEP, share_points
+
 Row = dict[str, Any]
 INK, GRID = "#2b2b2b", "#dddddd"
 COLOURS = {"ours": "#d1495b", "plain": "#8d99ae", "peer": "#30638e"}
 LABELS = {"ours": "revisual-fast", "plain": "plain torch", "peer": "other packages"}
 MARKERS = {"ours": "o", "plain": "s", "peer": "^"}
-SMALL = (  # too short for a share of the roof to mean anything
+APART = (  # not in the roofline: too short for a share of the roof to mean anything, or a whole training step
     *("group_advantages", "pad_selection", "gather_rows"),
-    *("gather_kv", "pack_embeddings", "mrope"),
+    *("gather_kv", "pack_embeddings", "mrope", STEP, SHARE),
 )
 BAR_INCHES, ROOF_INCHES = 0.23, 3.4
 MIN_BAND = 1.2
@@ -54,7 +57,7 @@ def roofline(cases: Mapping[str, Sequence[Row]], path: Path) -> bool:
 def _timed(cases: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
     out = {}
     for name, rows in cases.items():
-        timed = [row for row in rows if row["status"] == "ok" and row["case"]["op"] not in SMALL]
+        timed = [row for row in rows if row["status"] == "ok" and row["case"]["op"] not in APART]
         if timed:
             out[name] = sorted(timed, key=lambda row: -row["of_floor"])
     return out
@@ -153,3 +156,41 @@ def bound(row: Row) -> str:
 
 def _figure(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
+
+
+def packing_speedup(cases: Mapping[str, Sequence[Row]], path: Path) -> bool:
+    """Speed-up of packing over padding against the prompt's share, beside the one that FLOPs predict.
+
+    False, and no file, if it was not measured.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = next((rows for rows in cases.values() if rows[0]["case"]["op"] == SHARE), [])
+    points = share_points(rows)
+    if not points:
+        return False
+    figure, axis = plt.subplots(figsize=(7.0, 4.0), layout="constrained")
+    x = [point["share"] for point in points]
+    axis.fill_between(
+        x, [p["low"] for p in points], [p["high"] for p in points], color=COLOURS["ours"], alpha=0.2, lw=0
+    )
+    axis.plot(x, [p["measured"] for p in points], "o-", color=COLOURS["ours"], label="measured; band: all rounds")
+    axis.plot(x, [p["predicted"] for p in points], "--", color=INK, label="predicted by the FLOP model")
+    axis.axhline(1, color=COLOURS["plain"], linewidth=1)
+    axis.set(xlim=(0, 1), ylim=(0, None))
+    axis.set_xlabel("share of the prompt in prompt + response", fontsize=8)
+    axis.set_ylabel("tokens trained per second, padded forward = 1", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(color=GRID, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="upper left", frameon=False, fontsize=8)
+    row = rows[0]
+    title = f"{row['case']['label']}, {row['case']['dtype']}; {row['device']}, host threads: {row['threads']}"
+    axis.set_title(title, fontsize=9, loc="left", color=INK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True

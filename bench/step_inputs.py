@@ -85,12 +85,14 @@ def _config(text: dict[str, Any], attention: dict[str, Any], vision: dict[str, A
     from transformers import Qwen2_5_VLConfig
 
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": attention.pop("mrope_section")}
-    ends = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": PAD}
+    ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": PAD}
+    marks: dict[str, Any] = {"vision_start_token_id": 3, "vision_end_token_id": 4, "image_token_id": IMAGE}
     return Qwen2_5_VLConfig(
         text_config={**text, **attention, **ends, "rope_parameters": rope, "max_position_embeddings": 32768},
         vision_config={**vision, "out_hidden_size": text["hidden_size"], "window_size": 112},
-        **{"vision_start_token_id": 3, "vision_end_token_id": 4, "image_token_id": IMAGE, "video_token_id": 6},
+        video_token_id=6,
         tie_word_embeddings=True,
+        **marks,
         **ends,
     )
 

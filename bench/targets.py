@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bench.machine import peak_flops
+
 Row = dict[str, Any]
 MISSING = "not measured"
 CPU_SHAPE = (2048, 512, 32000)
@@ -14,6 +16,9 @@ GPU_LOGITS = (8192, 0, 151936)
 LIGER = "Liger fused linear GRPO"
 LIGER_ROWS, LIGER_SEQUENCES = "Liger Triton GRPO", "Liger Triton GSPO"
 GRADIENTS = {"d_hidden", "d_weight"}
+STEP_PEERS = ("transformers, padded", "TRL GRPOTrainer")
+STEP_TARGETS = {"250/96/8, image of 196 tokens": 3.5, "250/512/8, image of 196 tokens": 1.4, "64/512/8, text": 1.1}
+STEP_GPU = ("1450/500/8, image of 1,190 tokens", "1450/3500/8, image of 1,190 tokens")
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,49 @@ def targets(rows: Sequence[Row]) -> list[Target]:
     logits, no argument given; the others stand beside it, and the fastest baseline that computes no less."""
     return [
         *(line for dtype, factor in (("float32", 1.2), ("bfloat16", 1.0)) for line in _cpu(rows, dtype, factor)),
+        *(_step(rows, label, factor) for label, factor in STEP_TARGETS.items()),
         *_gpu(rows),
+        *(_step_on_gpu(rows, label) for label in STEP_GPU),
     ]
+
+
+def _step(rows: Sequence[Row], label: str, factor: float) -> Target:
+    """Against the faster of two, each of which has to have a time."""
+    here = _step_rows(rows, "cpu", label, "float32")
+    text = f"CPU, `grpo_step`, {label}, float32: at least {factor}x the tokens/s of the faster of transformers and TRL"
+    missing = [name for name in STEP_PEERS if here and not _named(here, name)]
+    if missing:
+        return Target(text, f"{' and '.join(missing)} got no time", "missed")
+    base = _best(here, lambda row: row["role"] in ("plain", "peer"))
+    if base is None:
+        return Target(text)
+    median = base["median_s"]
+    return _against(
+        _line(text, here, lambda row: median / row["median_s"], "{:.2f}x", lambda ratio: ratio >= factor), base
+    )
+
+
+def _step_on_gpu(rows: Sequence[Row], label: str) -> Target:
+    """To be measured, without a figure that it has to reach."""
+    here = _step_rows(rows, "cuda", label, "bfloat16")
+    text = f"CUDA, `grpo_step`, Qwen2.5-VL-3B, {label}, bf16: tokens/s of the faster of transformers and TRL, and MFU"
+    base = _best(here, lambda row: row["role"] in ("plain", "peer"))
+    found, _ = _ours(here)
+    if base is None or found is None:
+        return Target(text)
+    rate = found["flops_variant"] / found["median_s"]
+    shares = [f"{rate / found['ceiling_gemm_flops_per_s']:.0%} of the measured GEMM rate"]
+    peak = peak_flops(found["device"])
+    shares += [f"MFU {rate / peak:.0%}"] if peak else []
+    speed = f"{base['median_s'] / found['median_s']:.2f}x ({found['variant']})"
+    return Target(text, f"against {base['variant']}: {speed}, {', '.join(shares)}", "measured")
+
+
+def _step_rows(rows: Iterable[Row], kind: str, label: str, dtype: str) -> list[Row]:
+    """The rows of one step, of its newest run."""
+    wanted = ("grpo_step", label, dtype)
+    cases = [row for row in rows if row["device_kind"] == kind]
+    return _newest([row for row in cases if tuple(row["case"].get(k) for k in ("op", "label", "dtype")) == wanted])
 
 
 def _cpu(rows: Sequence[Row], dtype: str, factor: float) -> list[Target]:
@@ -77,6 +123,10 @@ def _of(rows: Iterable[Row], kind: str, op: str, shape: tuple[int, int, int], dt
     wanted = (op, *shape, dtype)
     cases = [row for row in rows if row["device_kind"] == kind]
     found = [row for row in cases if tuple(row["case"][name] for name in ("op", "n", "d", "v", "dtype")) == wanted]
+    return _newest(found)
+
+
+def _newest(found: list[Row]) -> list[Row]:
     newest = max((row["time"], row["run"]) for row in found)[1] if found else ""
     return [row for row in found if row["run"] == newest]
 

@@ -136,7 +136,7 @@ def _in_torch(query: Tensor, key: Tensor, value: Tensor, tiles: AttentionTiles, 
     dtype = torch.promote_types(query.dtype, torch.float32)
     share = query.shape[1] // key.shape[1]
     q, k, v = (x.to(dtype) for x in (query, key, value))
-    parts = []
+    parts = [q[:0]]
     for first, end, prefix_start, prefix_end in tiles.segments:
         keys, values = (
             torch.cat([x[prefix_start:prefix_end], x[first:end]]).repeat_interleave(share, 1) for x in (k, v)
@@ -144,4 +144,4 @@ def _in_torch(query: Tensor, key: Tensor, value: Tensor, tiles: AttentionTiles, 
         scores = torch.einsum("qhd,khd->hqk", q[first:end], keys) * scale
         unseen = scores.new_ones(scores.shape[1:], dtype=torch.bool).triu(prefix_end - prefix_start + 1)
         parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -math.inf).softmax(-1), values))
-    return torch.cat(parts).to(query.dtype) if parts else query.new_empty(query.shape)
+    return torch.cat(parts).to(query.dtype)

@@ -194,9 +194,10 @@ def query_gradient_kernel(
             j = start + tl.arange(0, BLOCK_N)
             at = tl.where(j < prefix, prefix_start + j, shift + j)
             k = _load_rows(k_ptr, at, k_row, j < end, LONG, HEAD, WIDTH, MASKED)
-            p = tl.exp2(_dot(q, tl.trans(k), None, INTERPRETED) * factor - lse[:, None])
+            exponents = _dot(q, tl.trans(k), None, INTERPRETED) * factor - lse[:, None]
             if MASKED:
-                p = tl.where(_visible(j, prefix, own, rows - shift), p, 0.0)
+                exponents = tl.where(_visible(j, prefix, own, rows - shift), exponents, -float("inf"))
+            p = tl.exp2(exponents)
             v = _load_rows(v_ptr, at, v_row, j < end, LONG, HEAD, WIDTH, MASKED)
             d_p = _dot(d_out, tl.trans(v), None, INTERPRETED)
             d_scores = (p * (d_p - delta[:, None])).to(k.dtype)
@@ -264,17 +265,19 @@ def key_gradient_kernel(
     d_v = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     for FREE in tl.static_range(2):
         n_tiles = tl.cdiv(queries, BLOCK_M) - some if FREE else some
+        divisor = tl.maximum(n_tiles, 1)  # a pipeline divides before it knows whether there is a first step
         for step in range(0, n_tiles * each):  # the tiles of one head, then those of the next
-            head = kv_head * share + split * each + step // n_tiles
-            i = (some * FREE + step % n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+            head = kv_head * share + split * each + step // divisor
+            i = (some * FREE + step % divisor) * BLOCK_M + tl.arange(0, BLOCK_M)
             rows = tl.where(i < own, first + i, shift + i)
             asks = i < queries
             q = _load_rows(q_ptr + head * q_head, rows, q_row, asks, LONG, HEAD, WIDTH, True)
             lse = tl.load(lse_ptr + head * n_rows + rows, mask=asks, other=float("inf"))
-            p = tl.exp2(_dot(k, tl.trans(q), None, INTERPRETED) * factor - lse[None, :])
+            exponents = _dot(k, tl.trans(q), None, INTERPRETED) * factor - lse[None, :]
             if not FREE:
                 mine = (rows[None, :] >= keys[:, None]) & (rows[None, :] < own_end[:, None])
-                p = tl.where((i >= own)[None, :] | mine, p, 0.0)
+                exponents = tl.where((i >= own)[None, :] | mine, exponents, -float("inf"))
+            p = tl.exp2(exponents)
             d_out = _load_rows(d_out_ptr + head * d_out_head, rows, d_out_row, asks, LONG, HEAD, WIDTH, True)
             d_v = _dot(p.to(q.dtype), d_out, d_v, INTERPRETED)
             delta = tl.load(delta_ptr + head * n_rows + rows, mask=asks, other=0.0)

@@ -196,6 +196,7 @@ class Curriculum:
     def _run_stage(self, name: str) -> None:
         began = time.perf_counter() - self.state["seconds"].get(name, 0.0)
         stage = self.build_stage(name)
+        self.progress.message(f"{name}: {stage.activations.describe(self.config.train.micro_batch_tokens)}")
         self.progress.stage(name, stage.total_steps, stage.steps)
         while stage.steps < stage.total_steps:
             self._train_step(name, stage)

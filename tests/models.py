@@ -157,8 +157,10 @@ def padded_logp(policy: Policy, groups: Sequence[Group]) -> Tensor:
 
 
 def loss_of(logp: Tensor, seed: int = 1) -> Tensor:
-    """A policy gradient's loss of ``logp`` [N], with random advantages."""
-    return -(torch.randn(len(logp), generator=torch.Generator().manual_seed(seed)) * logp).sum() / len(logp)
+    """A policy gradient's loss of ``logp`` [N], every token with an advantage of its own. All are positive, so that the
+    loss is no difference of large numbers."""
+    advantages = 0.5 + torch.rand(len(logp), generator=torch.Generator().manual_seed(seed))
+    return -(advantages * logp).mean()
 
 
 def loss_and_gradients(policy: Policy, logp: Tensor) -> tuple[float, dict[str, Tensor]]:

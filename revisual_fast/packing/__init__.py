@@ -22,9 +22,11 @@ from __future__ import annotations
 from revisual_fast.packing.batch import Group, Layout, PackedBatch, PackedPrompt, Segments
 from revisual_fast.packing.cost import CostModel, ModelShape, VisionShape
 from revisual_fast.packing.layouts import PositionFn, pack_groups
+from revisual_fast.packing.memory import Activations, activation_bytes
 from revisual_fast.packing.planner import MicroBatch, plan_micro_batches
 
 __all__ = [
+    "Activations",
     "CostModel",
     "Group",
     "Layout",
@@ -35,6 +37,7 @@ __all__ = [
     "PositionFn",
     "Segments",
     "VisionShape",
+    "activation_bytes",
     "pack_groups",
     "plan_micro_batches",
 ]

@@ -33,7 +33,7 @@ def pack_groups(
     """
     row, images = _Row(), _Images(merge_size)
     groups = [Group(p, c) for p, c in zip(prompts, completions, strict=True)]
-    width = max((len(g.prompt.ids) + len(c) - 1 for g in groups for c in g.completions or [[0]]), default=0)
+    width = max((g.tokens("padded") // max(1, len(g.completions)) for g in groups), default=0)
     for group in groups:
         size = len(group.prompt.ids)
         if size == 0 or any(len(c) == 0 for c in group.completions):
@@ -109,10 +109,10 @@ class _Row:
 
     def add_copies(self, prompt: _Prompt, completions: Sequence[Tensor], width: int) -> None:
         """The prompt again in front of every completion, each copy padded to ``width`` rows."""
-        for completion in completions or [None]:
+        for i in range(max(1, len(completions))):
             start = self._append_prompt(prompt)
-            if completion is not None:
-                self._append_completion(completion, self.length - 1, prompt.next_position)
+            if completions:
+                self._append_completion(completions[i], self.length - 1, prompt.next_position)
             self.segments.append((start, self.length - start, 0, 0))
             padding = width - (self.length - start)
             if padding > 0:  # sees itself only

@@ -6,7 +6,7 @@ query heads and ``K`` key heads of width ``d``, ``b`` bytes a number):
 ==================  =========================  =========================  ==========================================
 part                fp32 (b = 4)               half (b = 2)               which tensors
 ==================  =========================  =========================  ==========================================
-norm, twice         4 (3 D + 1)                4 (D + 1) + 2 b D          input (half: its fp32 copy), 1/rms, normalised
+norm                4 (3 D + 1)                4 (D + 1) + 2 b D          input (half: its fp32 copy), 1/rms, normalised
                                                                           and rounded, output
 ... liger's         2 b D + 4                  2 b D + 4                  input, 1/rms, output
 q, k norms          8 (H + K) d + 4 (H + K)    6 (H + K) d + 4 (H + K)    as above, without the output (Qwen3)
@@ -15,10 +15,14 @@ attention           2 b H d + 4 H              2 b H d + 4 H              query 
 ... each key        2 b K d                    2 b K d                    key and value (gathered once per segment)
 MLP                 4 b I                      4 b I                      gate, silu, up, product
 ... liger's         3 b I                      3 b I                      gate, up, product
+LoRA, rank r        28 r                       28 r                       the adapters' inner activations
+... inputs                                     4 (5 D + H d + I)          fp32 copies of the projections' inputs
+... less            2 b D                      b (4 D + I + H d)          norms' normalised rows; half: these inputs
 ==================  =========================  =========================  ==========================================
 
-The residual stream is the norms' input. Once for all layers: cos and sin ``2 b d``, the final norm without its output.
-With checkpointing a layer keeps its input ``b D``, and one layer at a time all of the table.
+A layer has two norms; the residual stream is their input. peft's adapters are in fp32. Once for all layers: cos and
+sin ``2 b d``, and the final norm without its output. With checkpointing a layer keeps its input ``b D``, and one layer
+at a time all of the table.
 
 A patch of a trained vision tower keeps, in every block: the norms (LayerNorm: input, output, two statistics), query,
 key and value with the projection they were cut from ``5 b D``, output ``b D``, log of sums ``4 H``, and the MLP's
@@ -28,7 +32,7 @@ sides of their GELU. A frozen tower keeps nothing.
 On top comes the larger of: the loss (a chunk of logits, the gradients of its rows and, in fp32, of the head's weight)
 and the backward pass of one layer (the gradients of the product's factors and of the residual stream). A pass ends with
 the gradient of the embedding, for which the vision tower's tensors have to wait. Weights, their gradients and optimizer
-states are not in it.
+states are not in it, nor are masks, index tensors and what kernels allocate for themselves.
 """
 
 from __future__ import annotations
@@ -96,7 +100,7 @@ def activation_bytes(
     checkpointing: bool = False,
     liger: bool = False,
     attention: str = "varlen",  # sdpa keeps its output a second time
-    text_trained: bool = True,
+    lora_rank: int | None = None,  # of fp32 adapters on the seven projections of every layer, all else frozen
     head_trained: bool = True,
     vision_trained: bool = True,
     chunk_bytes: int = 0,  # the budget of the loss's logits and their gradient
@@ -108,7 +112,7 @@ def activation_bytes(
     if dtype_bytes not in (2, 4):
         raise ValueError(f"activations of {dtype_bytes} bytes a number are not estimated; 2 (half) or 4 (fp32) are")
     b, hidden = dtype_bytes, shape.hidden
-    row, query, key = _layer(shape, b, liger, attention == "sdpa")
+    row, query, key = _layer(shape, b, liger, attention == "sdpa", lora_rank)
     kept_row, kept_query, kept_key = (b * hidden, 0, 0) if checkpointing else (row, query, key)
     backward = b * (2 * shape.intermediate + hidden)
     once = 2 * b * shape.head_dim + _norm(hidden, b, liger) - b * hidden
@@ -128,16 +132,18 @@ def activation_bytes(
         logits=shape.vocab * (4 + half),
         chunk=chunk_bytes,
         head=4 * shape.vocab * hidden if head_trained else 0,
-        embedding=(4 + half) * shape.vocab * hidden if text_trained else 0,
+        embedding=(4 + half) * shape.vocab * hidden if lora_rank is None else 0,
     )
 
 
-def _layer(shape: ModelShape, b: int, liger: bool, ordered: bool) -> tuple[int, int, int]:
+def _layer(shape: ModelShape, b: int, liger: bool, ordered: bool, lora_rank: int | None) -> tuple[int, int, int]:
     """What a decoder layer keeps for a row, for a row of queries and for a row of keys."""
-    width = shape.heads * shape.head_dim
-    row = 2 * _norm(shape.hidden, b, liger) + (3 if liger else 4) * b * shape.intermediate
-    if ordered:
-        row += b * width
+    hidden, intermediate, width = shape.hidden, shape.intermediate, shape.heads * shape.head_dim
+    row = 2 * _norm(hidden, b, liger) + (3 if liger else 4) * b * intermediate + (b * width if ordered else 0)
+    if lora_rank is not None:
+        row += 7 * 4 * lora_rank - (0 if liger else 2 * b * hidden)
+        if b < 4:  # fp32 copies of the projections' inputs, each its own, in the place of these inputs
+            row += 4 * (5 * hidden + width + intermediate) - b * (2 * hidden + intermediate + (width if ordered else 0))
     if shape.qk_norm:
         heads = shape.heads + shape.kv_heads
         row += heads * (_norm(shape.head_dim, b, liger) - b * shape.head_dim)

@@ -87,7 +87,7 @@ def _part(group: Group, part: Sequence[int]) -> Group:
 
 
 def _items(index: int, group: Group, budget: int, price: Callable[[Group], float], layout: Layout) -> list[_Item]:
-    """The group whole if it fits, otherwise its parts: as few as best-fit decreasing finds, the longest ones evened."""
+    """The group whole if it fits, otherwise its parts: as few as best-fit decreasing finds, of near-equal length."""
     everything = tuple(range(len(group.completions)))
     tokens = group.tokens(layout)
     if tokens <= budget or len(everything) <= 1:

@@ -17,7 +17,7 @@ from revisual_fast.kernels.embed import pack_embeddings
 from revisual_fast.kernels.gather import gather_rows
 from revisual_fast.packing import Group, Layout, PackedBatch, pack_groups
 from revisual_fast.policy.attention import NAME, AttentionPlan, make_plan, pick_attention
-from revisual_fast.policy.families import Qwen2_5VL, family_for
+from revisual_fast.policy.families import Family, family_for
 from revisual_fast.policy.vision_cache import CACHE_BYTES, VisionCache
 from revisual_fast.ranges import ranged, span
 
@@ -36,7 +36,7 @@ class Policy:
     def __init__(self, model: Any, *, attention: str = "auto", cache_bytes: int = CACHE_BYTES):
         self.model = model
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.family: Qwen2_5VL = family_for(self.base.config.model_type)(self.base)
+        self.family: Family = family_for(self.base.config.model_type)(self.base)
         self.family.text.config._attn_implementation = NAME
         self.attention, self.attention_why = pick_attention(attention, self.device, self.head_weight.dtype)
         self.images = VisionCache(cache_bytes)

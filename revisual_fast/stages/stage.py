@@ -16,7 +16,9 @@ from revisual_fast.data.processor import Example, Processor
 from revisual_fast.data.records import PROMPT_TOO_LONG, RESPONSE_TOO_LONG, BadRecords, Record
 from revisual_fast.data.sampler import Sampler
 from revisual_fast.optim import Optimizer, lr_factor
-from revisual_fast.packing import CostModel, Group, MicroBatch, plan_micro_batches
+from revisual_fast.kernels.plan import CHUNK_BYTES
+from revisual_fast.packing import Activations, CostModel, Group, MicroBatch, activation_bytes, plan_micro_batches
+from revisual_fast.policy.liger import use_liger
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import span
 from revisual_fast.seeds import seed_for
@@ -77,18 +79,31 @@ class Stage:
             self.policy.freeze_vision()
         self.optimizer = Optimizer(self.policy.model.named_parameters(), stage.optimizer, self.policy.family.is_vision)
         self.layout = context.config.train.layout
-        self.cost = CostModel(
-            shape=self.policy.family.shape,
-            text_trained=context.config.model.lora is None,
-            head_trained=self.policy.head_weight.requires_grad,
-            vision_trained=self.policy.vision_trained,
-            checkpointing=context.config.model.gradient_checkpointing,
-        )
+        self.cost, self.activations = self._estimates()
         self.position = 0  # records drawn so far, bad ones included
         self.steps = 0
         self.updates = 0
         self.skipped = 0  # optimizer updates left out
         self.nonfinite_in_a_row = 0
+
+    def _estimates(self) -> tuple[CostModel, Activations]:
+        """FLOPs of a group and bytes of activations, as this stage trains."""
+        policy, model = self.policy, self.context.config.model
+        trained = {
+            "head_trained": policy.head_weight.requires_grad,
+            "vision_trained": policy.vision_trained,
+            "checkpointing": model.gradient_checkpointing,
+        }
+        activations = activation_bytes(
+            policy.family.shape,
+            dtype_bytes=policy.head_weight.itemsize,
+            liger=use_liger(model.liger_kernels, policy.device)[0],
+            attention=policy.attention,
+            lora_rank=None if model.lora is None else model.lora.rank,
+            chunk_bytes=CHUNK_BYTES[policy.device.type],
+            **trained,
+        )
+        return CostModel(shape=policy.family.shape, text_trained=model.lora is None, **trained), activations
 
     def _total_steps(self, batch: int) -> int:
         limit = self.context.config.train.max_steps or math.inf

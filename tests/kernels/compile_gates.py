@@ -20,8 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("rows_triton", "kept_triton", "groups_triton", "packing_triton", "scaling_triton")
-MODULES += ("shared_attention_launch",)
+MODULES = ("rows_triton", "kept_triton", "groups_triton", "packing_triton", "scaling_triton", "shared_attention_launch")
 ARCHITECTURES = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -37,7 +36,7 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 def compiled(gate: tuple[Any, ...], architecture: int, aligned: bool) -> dict[str, Any]:
     """What a kernel uses; pointers are aligned to 16 bytes, as allocators give them, sizes if ``aligned``."""
-    kernel, signature, constants, warps, *stages = gate
+    kernel, signature, constants, *launch = gate
     names = list(kernel.arg_names)
     places = {(names.index(name),): value for name, value in constants.items()}
     kinds = {name: "constexpr" if name in constants else signature[name] for name in names}
@@ -47,21 +46,28 @@ def compiled(gate: tuple[Any, ...], architecture: int, aligned: bool) -> dict[st
         if kinds[name].startswith("*") or (aligned and kinds[name] in ("i32", "i64") and name != "n_rows")
     }
     source = ASTSource(fn=kernel, signature=kinds, constexprs=places, attrs=attributes)
-    options = {"num_warps": warps} | {"num_stages": n for n in stages}
+    options = dict(zip(("num_warps", "num_stages"), launch, strict=False))
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     what = {name: str(value) for name, value in constants.items() if value is not None}
     types = [kind for kind in signature.values() if kind.startswith("*")]
-    where = {"kernel": kernel.__name__, "sm": architecture, "warps": warps, "aligned": aligned}
-    return {**where, "constants": what, "pointers": types, **usage(built.asm["cubin"]), "dynamic": built.metadata.shared}
+    where = {"kernel": kernel.__name__, "sm": architecture, "warps": launch[0], "aligned": aligned}
+    return {
+        **where,
+        "constants": what,
+        "pointers": types,
+        **usage(built.asm["cubin"]),
+        "dynamic_shared": built.metadata.shared,
+    }
 
 
 def main() -> Iterator[dict[str, Any]]:
-    """Aligned sizes on every architecture, odd ones on Hopper."""
+    """Aligned sizes on every architecture, odd ones on Hopper (but for attention, whose heads are aligned)."""
     for module in MODULES:
         for gate in importlib.import_module(f"revisual_fast.kernels.{module}").gates():
             for architecture in ARCHITECTURES:
                 yield compiled(gate, architecture, aligned=True)
-            yield compiled(gate, 90, aligned=False)
+            if module != "shared_attention_launch":
+                yield compiled(gate, 90, aligned=False)
 
 
 if __name__ == "__main__":

@@ -161,6 +161,7 @@ def test_a_model_that_is_not_supported_is_refused_before_its_weights_are_read(tm
 def test_a_saved_model_is_loaded_trained_and_exported(name, lora, tmp_path):
     if lora:
         pytest.importorskip("peft")
+    torch.manual_seed(0)
     tiny(name).save_pretrained(tmp_path / "given")
     policy = load_policy(tmp_path / "given", settings(tmp_path / "given", lora=lora))
     if lora:  # as if it had been trained
@@ -174,7 +175,12 @@ def test_a_saved_model_is_loaded_trained_and_exported(name, lora, tmp_path):
     export_model(policy, tmp_path / "exported")
     loader = AutoModelForImageTextToText if name in VISION else AutoModelForCausalLM
     again = packed_logp(Policy(loader.from_pretrained(tmp_path / "exported", dtype=torch.float32)), groups)
-    torch.testing.assert_close(again, before, rtol=0, atol=1e-5 if lora else 0)
+    if lora:  # merging rounds; the adapters themselves change log-probs by tenths
+        torch.testing.assert_close(again, before, rtol=1e-5, atol=1e-5)
+        with policy.without_adapter():
+            assert (packed_logp(policy, groups) - before).abs().max() > 0.1
+    else:
+        assert torch.equal(again, before)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from revisual_fast.policy.families import vision
@@ -37,10 +37,6 @@ class VisionLanguage(Family):
     @property
     def text(self) -> Any:
         return self.model.model.language_model
-
-    @property
-    def head(self) -> nn.Linear:
-        return self.model.lm_head
 
     def _tower(self, pixel_values: Tensor, grids: Tensor) -> Any:
         """The tower's output: pixel_values [patches, C], grids [I, 3] on the CPU."""

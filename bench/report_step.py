@@ -1,0 +1,63 @@
+"""Training steps in RESULTS.md: speed is tokens trained per second, beside what the counted FLOPs predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.machine import peak_flops
+
+Row = dict[str, Any]
+STEP, SHARE = "grpo_step", "grpo_step_share"
+
+
+def step_columns(on_gpu: bool) -> list[str]:
+    """Between memory and error of a step's table."""
+    return ["predicted by FLOPs", "of GEMM rate", *(["tokens/s", "MFU"] if on_gpu else [])]
+
+
+def step_cells(row: Row, base: Row | None, on_gpu: bool) -> list[str]:
+    """Rates are those of a variant's own FLOPs. MFU refers to the device's published peak."""
+    rate = row["flops_variant"] / row["median_s"]
+    cells = [f"{base['flops_variant'] / row['flops_variant']:.2f}x" if base else ""]
+    cells.append(f"{rate / row['ceiling_gemm_flops_per_s']:.0%}")
+    if on_gpu:
+        peak = peak_flops(row["device"])
+        cells += [f"{row['case']['n'] / row['median_s']:,.0f}", f"{rate / peak:.0%}" if peak else "peak unknown"]
+    return cells
+
+
+def share_points(rows: Sequence[Row]) -> list[dict[str, float]]:
+    """Of every share of the prompt that was measured: ``prompt``, ``response``, ``share``, ``measured`` speed-up of
+    packing over padding, its ``low`` and ``high`` from the rounds, and the ``predicted`` one."""
+    timed = {(row["role"], row["prompt"], row["response"]): row for row in rows if row["status"] == "ok"}
+    points = []
+    for (role, prompt, response), packed in timed.items():
+        padded = timed.get(("plain", prompt, response))
+        if role != "ours" or padded is None:
+            continue
+        ratios = sorted(a / b for a, b in zip(padded["samples_s"], packed["samples_s"], strict=True))
+        points.append(
+            {
+                "prompt": prompt,
+                "response": response,
+                "share": prompt / (prompt + response),
+                "measured": padded["median_s"] / packed["median_s"],
+                "low": ratios[0],
+                "high": ratios[-1],
+                "predicted": padded["flops_variant"] / packed["flops_variant"],
+            }
+        )
+    return sorted(points, key=lambda point: point["share"])
+
+
+def share_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """Cells of the table over the prompt's share, the head first."""
+    lines = [
+        ["prompt / response", "share of the prompt", "speed-up of packing", "lowest to highest", "predicted by FLOPs"]
+    ]
+    for p in share_points(rows):
+        sizes = f"{p['prompt']:.0f} / {p['response']:.0f}"
+        rounds = f"{p['low']:.2f} to {p['high']:.2f}"
+        lines.append([sizes, f"{p['share']:.0%}", f"**{p['measured']:.2f}x**", rounds, f"{p['predicted']:.2f}x"])
+    return lines
