@@ -102,10 +102,10 @@ def pick_attention(setting: str, device: torch.device, dtype: torch.dtype) -> tu
     return chosen, "; ".join(passed) or "the first choice"
 
 
-def make_plan(backend: str, segments: Segments, device: torch.device) -> AttentionPlan:
-    """How one packed row attends, for all its layers."""
+def make_plan(backend: str, segments: Segments, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
+    """How one packed row attends, for all its layers, with queries, keys and values of ``dtype``."""
     if backend == "sdpa":
-        return SdpaPlan(segments, device)
+        return SdpaPlan(segments, device, dtype)
     return SharedPrefixPlan(segments, device) if backend == "triton" else VarlenPlan(segments, device, backend)
 
 
@@ -185,15 +185,15 @@ class _Bucket:
     query_index: Tensor  # [B * Lq] int64, padding points at row 0
     keys: KVRows  # [B * Lk], likewise
     size: int  # B
-    mask: Tensor | None  # [B, 1, Lq, Lk] bool, True = attend; None: plain causal without padding
+    mask: Tensor | None  # [B, 1, Lq, Lk], 0 or -inf, added to the scores; None: plain causal without padding
 
 
 class SdpaPlan:
     """Packed attention by torch's scaled_dot_product_attention over buckets of similar segments."""
 
-    def __init__(self, segments: Segments, device: torch.device):
+    def __init__(self, segments: Segments, device: torch.device, dtype: torch.dtype):
         members = _similar(segments)
-        self.buckets = [_bucket(segments, chosen, device) for chosen in members]
+        self.buckets = [_bucket(segments, chosen, device, dtype) for chosen in members]
         order, offset = [torch.empty(0, dtype=torch.long)] * len(segments.start), 0
         for chosen in members:  # where each segment's rows lie in the buckets' rows
             width = max(segments.length[i] for i in chosen)
@@ -243,7 +243,7 @@ def _similar(segments: Segments) -> list[list[int]]:
     return buckets
 
 
-def _bucket(segments: Segments, members: list[int], device: torch.device) -> _Bucket:
+def _bucket(segments: Segments, members: list[int], device: torch.device, dtype: torch.dtype) -> _Bucket:
     fields = (segments.start, segments.length, segments.prefix_start, segments.prefix_length)
     start, length, prefix_start, prefix = (torch.tensor([field[i] for i in members])[:, None] for field in fields)
     q = torch.arange(int(length.max()))[None]  # [1, Lq]
@@ -254,9 +254,11 @@ def _bucket(segments: Segments, members: list[int], device: torch.device) -> _Bu
     mask = k[:, None, :] <= (q + prefix)[:, :, None]  # [B, Lq, Lk]: bottom-right causal
     mask = mask & (k < prefix + length)[:, None, :] | ~(q < length)[:, :, None]
     plain = bool((prefix == 0).all() and (q < length).all())
+    # in the dtype of the scores: torch would make such a mask of a bool one in every layer, and keep each for backward
+    added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
     return _Bucket(
         query_index.flatten().to(device),
         KVRows.checked(key_index.flatten().to(device), sum(segments.length)),
         len(members),
-        None if plain else mask[:, None].to(device),
+        None if plain else added[:, None].to(device),
     )

@@ -121,7 +121,8 @@ class Policy:
     @ranged("vision tower")
     def _encode(self, batch: PackedBatch, images: Sequence[int]) -> Tensor:
         """The features of some of the batch's images."""
-        pixels = torch.cat([batch.pixel_values[i] for i in images]).to(self.device, non_blocking=True)
+        pixels = torch.cat([batch.pixel_values[i] for i in images])
+        pixels = pixels.to(self.device, self.head_weight.dtype, non_blocking=True)
         return self.family.encode_images(pixels, batch.grids[list(images)])
 
     def states(self, batch: PackedBatch, plan: AttentionPlan | None = None) -> Tensor:
@@ -138,7 +139,7 @@ class Policy:
 
     def plan(self, batch: PackedBatch) -> AttentionPlan:
         """How the rows of ``batch`` attend."""
-        return make_plan(self.attention, batch.segments, self.device)
+        return make_plan(self.attention, batch.segments, self.device, self.head_weight.dtype)
 
     @ranged("forward")
     def hidden(self, batch: PackedBatch) -> Tensor:

@@ -100,7 +100,7 @@ class Stage:
             liger=use_liger(model.liger_kernels, policy.device)[0],
             attention=policy.attention,
             lora_rank=None if model.lora is None else model.lora.rank,
-            chunk_bytes=CHUNK_BYTES[policy.device.type],
+            chunk_bytes=CHUNK_BYTES[policy.device.type] * (2 if policy.device.type == "cuda" else 1),  # two are alive
             **trained,
         )
         return CostModel(shape=policy.family.shape, text_trained=model.lora is None, **trained), activations

@@ -88,22 +88,23 @@ def test_long_rows_and_wide_strides():
     few = make(200, 4, 1, 128, torch.bfloat16)
     segments = tiles_of(shared((100, [60, 40])))
     usual = ours(few, segments)
-    memory = torch.empty(200 * 2**24, dtype=torch.bfloat16, device="cuda").view(200, 2**24)
-    wide = memory[:, : 4 * 128].view(200, 4, 128) if memory.is_contiguous() else few[0]
+    wide = torch.empty(200, 2**24, dtype=torch.bfloat16, device="cuda")[:, : 4 * 128].view(200, 4, 128)
     wide.copy_(few[0])
     assert all(torch.equal(x, y) for x, y in zip(ours([wide, *few[1:]], segments), usual, strict=True))
 
 
 def test_nothing_waits_for_the_device_and_nothing_is_compiled_again():
+    """But for the kernel of dK and dV, which writes fp32 where it splits the heads and bf16 where it does not."""
     from revisual_fast.kernels.shared_attention_triton import forward_kernel, key_gradient_kernel, query_gradient_kernel
 
     kernels = (forward_kernel, query_gradient_kernel, key_gradient_kernel)
     compiled = []
-    for groups in (GROUPS, [(64, [17] * 3)], [(1, [])], [(1024, [128] * 8)]):
+    for groups in (GROUPS, [(64, [17] * 3)], [(1, [])], [(1024, [128] * 8)], [(100, [60, 5])] * 200):
         tiles = tiles_of(shared(*groups))
         tensors = make(tiles.n_rows, 16, 2, 128, torch.bfloat16)
         ours(tensors, tiles)
         with no_synchronisation():
             ours(tensors, tiles)
         compiled.append([len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels])
-    assert compiled[0] == compiled[1] == compiled[2] == compiled[3] or compiled[1] == compiled[3]
+    assert all(counts[:2] == compiled[0][:2] for counts in compiled)
+    assert compiled[-1][2] <= compiled[0][2] + 1

@@ -39,7 +39,7 @@ def test_errors_are_those_of_half_precision(backend, heads, kv_heads, layout):
     reference = (exact, *torch.autograd.grad(exact, wide, upstream.double()))
 
     def errors(name: str) -> list[float]:
-        out = make_plan(name, segments, CUDA).attend(0, *x, 0.1)
+        out = make_plan(name, segments, CUDA, torch.bfloat16).attend(0, *x, 0.1)
         got = (out, *torch.autograd.grad(out, x, upstream))
         return [relative_error(a, b) for a, b in zip(got, reference, strict=True)]
 

@@ -54,7 +54,7 @@ def errors(backend: str, segments: Segments, dtype: torch.dtype) -> list[float]:
     x = inputs(sum(segments.length), dtype)
     leaves = [t.detach().double().requires_grad_() for t in x]
     reference = expected(*leaves, segments, 0.3)
-    out = make_plan(backend, segments, CPU).attend(0, *x, 0.3)
+    out = make_plan(backend, segments, CPU, dtype).attend(0, *x, 0.3)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert out.shape == reference.shape
     got = torch.autograd.grad(out, x, upstream)
@@ -139,7 +139,7 @@ def test_the_gradient_of_a_shared_prefix_is_summed_in_fp32():
     """In bf16 256 + 1 is 256: a sum in bf16 over 64 completions would lose most of them."""
     segments = segments_of([(1, [2] * 64)])
     q, k, v = (torch.ones_like(x, requires_grad=True) for x in inputs(65, torch.bfloat16))
-    out = make_plan("sdpa", segments, CPU).attend(0, q, k, v, 1.0)
+    out = make_plan("sdpa", segments, CPU, torch.bfloat16).attend(0, q, k, v, 1.0)
     upstream = torch.ones_like(out)
     upstream[:, 0] = 512  # of the prompt's own row
     (grad,) = torch.autograd.grad(out, [v], upstream)
@@ -149,7 +149,7 @@ def test_the_gradient_of_a_shared_prefix_is_summed_in_fp32():
 
 def test_buckets_of_the_sdpa_backend_waste_little():
     segments = segments_of([(5, [2, 3, 60, 61, 62, 7]), (40, [1, 2, 3])])
-    plan = SdpaPlan(segments, CPU)
+    plan = SdpaPlan(segments, CPU, torch.float32)
     area = sum(len(b.query_index) * len(b.keys.index) // b.size for b in plan.buckets)
     used = sum(n * k for n, k in zip(segments.length, segments.keys, strict=True))
     assert used / area >= 0.75
