@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from revisual_fast.config_file import load_config
 from revisual_fast.curriculum import Curriculum, train
@@ -13,6 +13,8 @@ from revisual_fast.stages import grpo as grpo_module
 from revisual_fast.stages.grpo import GRPOStage, entropy_coefficient
 from revisual_fast.stages.stage import NonFiniteError, Stage, Stopwatch
 from revisual_fast.telemetry import read_jsonl
+from tests.integration.conftest import write_small_run
+from tests.models import build, tiny_config
 
 
 def build_stage(config_path: Path, name: str, *overrides: str) -> Stage:
@@ -283,6 +285,24 @@ def test_every_stage_result_loads_with_transformers(small_run, tmp_path):
     for name in ("warm", "rl"):
         model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run/models" / name)
         assert model.config.model_type == "qwen2_5_vl"
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
+def test_a_text_only_model_goes_through_both_kinds_of_stage(tmp_path, tiny_vl, model_type):
+    sizes = tiny_config(model_type)
+    sizes.vocab_size = 128  # of the tokenizer
+    model = build(sizes, std=0.1)
+    model.generation_config.eos_token_id = model.config.eos_token_id
+    model.save_pretrained(tmp_path / "text")
+    AutoTokenizer.from_pretrained(tiny_vl).save_pretrained(tmp_path / "text")
+    text_only = ["stages.rl.data=[text]", "evaluation={}", "train.max_steps=2", "stages.rl.freeze_vision=false"]
+    config = load_config(write_small_run(tmp_path, tmp_path / "text"), text_only)
+    train(config)
+    rows = read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert [(row["stage"], row["step"]) for row in rows] == [("warm", 1), ("warm", 2), ("rl", 1), ("rl", 2)]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/models/rl")
+    moved = [not torch.equal(p, dict(model.named_parameters())[n]) for n, p in loaded.named_parameters()]
+    assert all(moved)
 
 
 def test_lora_trains_only_adapters_and_exports_a_whole_model(small_run, tmp_path, tiny_vl):
