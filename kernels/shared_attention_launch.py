@@ -36,8 +36,8 @@ class Launches(NamedTuple):
 
 HALF_LAUNCHES = (  # bf16 and fp16: tensor cores
     # widest padded head that the entry serves -> launches
-    (64, Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 64, 4, 3))),
-    (128, Launches(Launch(128, 64, 8, 3), Launch(128, 32, 8, 3), Launch(32, 64, 4, 3))),
+    (64, Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 3))),
+    (128, Launches(Launch(128, 64, 8, 3), Launch(128, 32, 8, 3), Launch(32, 64, 4, 2))),
     (256, Launches(Launch(64, 32, 8, 2), Launch(64, 16, 8, 2), Launch(32, 32, 8, 2))),
 )
 FULL_LAUNCHES = (  # fp32: no tensor cores, and operands in registers
