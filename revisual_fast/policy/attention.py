@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 
 from revisual_fast.kernels.dispatch import triton_problem
 from revisual_fast.kernels.prefix import KVRows, gather_kv
+from revisual_fast.kernels.shared_attention import AttentionTiles, shared_attention
 from revisual_fast.packing import Segments
 
 __all__ = [
@@ -166,14 +167,10 @@ class SharedPrefixPlan:
     """Attention by the kernels of :mod:`revisual_fast.kernels.shared_attention`: nothing is gathered."""
 
     def __init__(self, segments: Segments, device: torch.device):
-        from revisual_fast.kernels.shared_attention import AttentionTiles
-
         fields = (segments.start, segments.length, segments.prefix_start, segments.prefix_length)
         self.tiles = AttentionTiles.of(*fields, device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        from revisual_fast.kernels.shared_attention import shared_attention
-
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return shared_attention(q, k, v, self.tiles, scale=scaling, backend="triton")[None]
 
