@@ -68,7 +68,7 @@ class ModelConfig(Section):
     liger_kernels: Literal["auto"] | bool = "auto"
     """RMSNorm, SwiGLU and RoPE by liger-kernel; auto: where it is installed and the device is CUDA."""
     attention: Literal["auto", "flash", "varlen", "triton", "sdpa"] = "auto"
-    """Attention over packed rows (docs/packing.md); auto: flash-attn's or torch's varlen kernel where they run, or SDPA."""
+    """Attention over packed rows (docs/packing.md); auto: flash-attn's or torch's varlen kernel if it runs, or SDPA."""
     vision_cache_mib: Count = 2048
     """Image features of a frozen vision tower are kept up to this size, on the model's device; 0: none."""
     lora: LoraConfig | None = None

@@ -15,8 +15,8 @@ from revisual_fast.config import Config, SFTConfig, StageBase
 from revisual_fast.data.processor import Example, Processor
 from revisual_fast.data.records import PROMPT_TOO_LONG, RESPONSE_TOO_LONG, BadRecords, Record
 from revisual_fast.data.sampler import Sampler
-from revisual_fast.optim import Optimizer, lr_factor
 from revisual_fast.kernels.plan import CHUNK_BYTES
+from revisual_fast.optim import Optimizer, lr_factor
 from revisual_fast.packing import Activations, CostModel, Group, MicroBatch, activation_bytes, plan_micro_batches
 from revisual_fast.policy.liger import use_liger
 from revisual_fast.policy.model import Policy

@@ -14,8 +14,8 @@ from revisual_fast.policy.load import load_policy
 from revisual_fast.rollout.engine import Sampling
 from revisual_fast.rollout.hf import HFEngine
 from revisual_fast.telemetry import read_jsonl
-from tests.integration.conftest import write_small_run
 from tests.groups import make_groups, packed_logp
+from tests.integration.conftest import write_small_run
 
 pytestmark = [
     pytest.mark.gpu,

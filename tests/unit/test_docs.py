@@ -14,9 +14,12 @@ import torch
 from revisual_fast import PolicyObjective, TokenBatch, linear_policy_loss, whole_sequences
 from revisual_fast.kernels import plan
 from revisual_fast.objective_metrics import metric_names
+from revisual_fast.policy.attention import BACKENDS
+from revisual_fast.policy.families import FAMILIES
+from tests.models import padded_logp
 
 DOCS = Path(__file__).parents[2] / "docs"
-FUSED, METHOD = ((DOCS / name).read_text() for name in ("fused_loss.md", "method.md"))
+FUSED, METHOD, PACKING = ((DOCS / name).read_text() for name in ("fused_loss.md", "method.md", "packing.md"))
 
 
 def section(page: str, title: str) -> str:
@@ -142,7 +145,27 @@ def test_the_objectives_of_the_method_page_run() -> None:
         assert torch.autograd.grad(out.loss, weight)[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("page", [FUSED, METHOD], ids=["fused_loss", "method"])
+def test_the_page_on_packing() -> None:
+    x = run(PACKING, {})
+    policy, advantages = x["policy"], [1.0, -1.0]
+    gradients = {n: p.grad for n, p in policy.model.named_parameters()}
+    policy.model.zero_grad(set_to_none=True)
+    logp = padded_logp(policy, [x["Group"](x["prompt"], x["completions"])]).split([3, 2])
+    (-sum(a * (p - p.detach()).exp().mean() for a, p in zip(advantages, logp, strict=True)) / 2).backward()
+    for name, parameter in policy.model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_tables_on_packing_name_what_there_is() -> None:
+    def named(title: str) -> list[str]:
+        rows = [line for line in section(PACKING, title).splitlines() if line.startswith("| `")]
+        return [name for row in rows for name in re.findall(r"`(\w+)`", row.split(" | ")[0])]
+
+    assert named("Attention") == list(BACKENDS)
+    assert sorted(named("Families")) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize("page", [FUSED, METHOD, PACKING], ids=["fused_loss", "method", "packing"])
 def test_links_lead_somewhere(page: str) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page):
         file = DOCS / target

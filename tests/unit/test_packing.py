@@ -97,7 +97,8 @@ def pack(groups: list[Group], layout: str) -> PackedBatch:
 def visible(segments: Segments) -> dict[int, list[int]]:
     """Row -> the rows it attends to."""
     found = {}
-    for s, n, p, k in zip(*(getattr(segments, f) for f in ("start", "length", "prefix_start", "prefix_length"))):
+    fields = (segments.start, segments.length, segments.prefix_start, segments.prefix_length)
+    for s, n, p, k in zip(*fields, strict=True):
         found |= {row: [*range(p, p + k), *range(s, row + 1)] for row in range(s, s + n)}
     return found
 
