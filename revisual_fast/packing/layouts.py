@@ -28,9 +28,11 @@ def pack_groups(
 
     ``positions`` gives a prompt's M-RoPE positions; ``merge_size`` is the vision tower's spatial merge (a grid of
     ``t * h * w`` patches becomes ``t * h * w / merge_size**2`` features); ``image_token_id`` is None for a model that
-    sees no images. Each distinct image (by key) appears once. Raises ValueError for an empty
-    prompt or completion, and where image tokens and features do not agree.
+    sees no images. Each distinct image (by key) appears once. Raises ValueError where there is no prompt, for an empty
+    prompt or completion, for one key with two grids, and where image tokens and features do not agree.
     """
+    if not prompts:
+        raise ValueError("there is nothing to pack: a rank's empty micro-batch has no forward pass")
     row, images = _Row(), _Images(merge_size)
     groups = [Group(p, c) for p, c in zip(prompts, completions, strict=True)]
     width = max((g.tokens("padded") // max(1, len(g.completions)) for g in groups), default=0)
@@ -56,8 +58,8 @@ class _Images:
     def __init__(self, merge_size: int):
         self.merge_area = merge_size**2
         self.start: dict[str, int] = {}  # key -> first feature
+        self.grids: dict[str, Tensor] = {}
         self.pixels: list[Tensor] = []
-        self.grids: list[Tensor] = []
         self.features = 0
 
     def add(self, prompt: PackedPrompt) -> Tensor:
@@ -71,7 +73,10 @@ class _Images:
                 self.start[key] = self.features
                 self.features += count
                 self.pixels.append(prompt.pixel_values[first_patch : first_patch + patches])
-                self.grids.append(grid)
+                self.grids[key] = grid
+            elif not torch.equal(self.grids[key], grid):
+                both = f"{self.grids[key].tolist()} and {grid.tolist()}"
+                raise ValueError(f"image {key} comes with two grids, {both}: give another size another key")
             index.append(torch.arange(self.start[key], self.start[key] + count))
             first_patch += patches
         return torch.cat(index) if index else torch.empty(0, dtype=torch.long)
@@ -159,5 +164,5 @@ class _Row:
             image_index=cat(self.image_index),
             image_keys=tuple(images.start),
             pixel_values=tuple(images.pixels),
-            grids=torch.stack(images.grids) if images.grids else torch.empty(0, 3, dtype=torch.long),
+            grids=torch.stack(list(images.grids.values())) if images.grids else torch.empty(0, 3, dtype=torch.long),
         )

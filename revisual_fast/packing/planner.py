@@ -25,7 +25,8 @@ PARTNERS, TRIALS = 4, 200_000
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Groups, or parts of them, that make one packed row. An empty one is what a rank without work gets."""
+    """Groups, or parts of them, that make one packed row. An empty one, to be skipped, is what a rank
+    without work gets."""
 
     parts: tuple[tuple[int, tuple[int, ...]], ...]  # (group index, indices of its completions), both ascending
     tokens: int

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from revisual_fast.kernels.dispatch import triton_problem
@@ -75,11 +76,23 @@ def attention_problem(backend: str, device: torch.device, dtype: torch.dtype) ->
         return None
     if backend == "triton":
         return triton_problem(device)
-    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
-        return "not installed: pip install flash-attn"
+    if backend == "flash" and (problem := _flash_problem()) is not None:
+        return problem
     if device.type != "cuda":
         return f"made for CUDA, the model is on {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "made for GPUs from Ampere on (compute capability 8.0)"
     return None if dtype in HALF else f"made for bfloat16 and float16, the model is in {dtype}".replace("torch.", "")
+
+
+def _flash_problem() -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "not installed: pip install flash-attn"
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError as error:
+        return f"installed, but its varlen kernel cannot be imported ({error})"
+    return None
 
 
 def available_backends() -> dict[str, str]:
@@ -135,6 +148,8 @@ class VarlenPlan:
         shared = any(segments.prefix_length)
         self.rows = KVRows.checked(segments.key_rows.to(device, non_blocking=True), n_rows) if shared else None
         self.flash = backend == "flash"
+        self.exact = torch.are_deterministic_algorithms_enabled()
+        self.groups_heads = backend == "flash" or "enable_gqa" in inspect.signature(varlen_attn).parameters
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
@@ -146,14 +161,12 @@ class VarlenPlan:
         from flash_attn import flash_attn_varlen_func
 
         bounds = (self.cu_q, self.cu_k, self.max_q, self.max_k)
-        return flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scaling, causal=True)
+        return flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scaling, causal=True, deterministic=self.exact)
 
     def _torch(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
         grouped: dict[str, Any] = {}
         if q.shape[1] != k.shape[1]:
-            if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            if self.groups_heads:
                 grouped = {"enable_gqa": True}
             else:
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -180,17 +193,25 @@ class _Bucket:
     """Segments of similar lengths, padded to a rectangle."""
 
     query_index: Tensor  # [B * Lq] int64, padding points at row 0
-    keys: KVRows  # [B * Lk], likewise
+    key_index: Tensor  # [B * Lk], likewise
     size: int  # B
     mask: Tensor | None  # [B, 1, Lq, Lk], 0 or -inf, added to the scores; None: plain causal without padding
 
 
 class SdpaPlan:
-    """Packed attention by torch's scaled_dot_product_attention over buckets of similar segments."""
+    """Packed attention by torch's scaled_dot_product_attention over buckets of similar segments.
+
+    All buckets' rows are gathered at once, so that the gradient of a row is summed over all of them in fp32.
+    """
 
     def __init__(self, segments: Segments, device: torch.device, dtype: torch.dtype):
         members = _similar(segments)
-        self.buckets = [_bucket(segments, chosen, device, dtype) for chosen in members]
+        buckets = [_bucket(segments, chosen, dtype) for chosen in members]
+        self.shapes = [(b.size, None if b.mask is None else b.mask.to(device)) for b in buckets]
+        self.n_queries, self.n_keys = ([len(getattr(b, f)) for b in buckets] for f in ("query_index", "key_index"))
+        self.queries = torch.cat([b.query_index for b in buckets]).to(device)
+        keys = torch.cat([b.key_index for b in buckets]).to(device)
+        self.keys = KVRows.checked(keys, sum(segments.length))
         order, offset = [torch.empty(0, dtype=torch.long)] * len(segments.start), 0
         for chosen in members:  # where each segment's rows lie in the buckets' rows
             width = max(segments.length[i] for i in chosen)
@@ -202,22 +223,22 @@ class SdpaPlan:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
-        parts = [self._attend(b, q, k, v, scaling) for b in self.buckets]
+        k, v = gather_kv(k, v, self.keys)
+        if q.is_cuda and q.shape[1] != k.shape[1]:  # there, a mask with grouped heads would fall to the unfused kernel
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        rows = q.index_select(0, self.queries).split(self.n_queries), k.split(self.n_keys), v.split(self.n_keys)
+        parts = [_rectangle(*shape, *x, scaling) for shape, *x in zip(self.shapes, *rows, strict=True)]
         return torch.cat(parts).index_select(0, self.order)[None]
 
-    @staticmethod
-    def _attend(b: _Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """Rows of the bucket, padding included, [B * Lq, H, d]."""
-        rows = (q.index_select(0, b.query_index), *gather_kv(k, v, b.keys))
-        queries, keys, values = (x.unflatten(0, (b.size, -1)).transpose(1, 2) for x in rows)  # [B, heads, L, d]
-        grouped = keys.shape[1] != queries.shape[1]
-        if grouped and queries.is_cuda:  # there, a mask with grouped heads would fall to the unfused kernel
-            share = queries.shape[1] // keys.shape[1]
-            keys, values, grouped = keys.repeat_interleave(share, 1), values.repeat_interleave(share, 1), False
-        out = F.scaled_dot_product_attention(
-            queries, keys, values, b.mask, is_causal=b.mask is None, scale=scaling, enable_gqa=grouped
-        )
-        return out.transpose(1, 2).flatten(0, 1)
+
+def _rectangle(size: int, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """Attention of a bucket of ``size`` segments: q [B * Lq, H, d], k and v [B * Lk, Hkv, d] -> [B * Lq, H, d]."""
+    queries, keys, values = (x.unflatten(0, (size, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, L, d]
+    grouped = keys.shape[1] != queries.shape[1]
+    out = F.scaled_dot_product_attention(
+        queries, keys, values, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _similar(segments: Segments) -> list[list[int]]:
@@ -240,7 +261,7 @@ def _similar(segments: Segments) -> list[list[int]]:
     return buckets
 
 
-def _bucket(segments: Segments, members: list[int], device: torch.device, dtype: torch.dtype) -> _Bucket:
+def _bucket(segments: Segments, members: list[int], dtype: torch.dtype) -> _Bucket:
     fields = (segments.start, segments.length, segments.prefix_start, segments.prefix_length)
     start, length, prefix_start, prefix = (torch.tensor([field[i] for i in members])[:, None] for field in fields)
     q = torch.arange(int(length.max()))[None]  # [1, Lq]
@@ -251,11 +272,9 @@ def _bucket(segments: Segments, members: list[int], device: torch.device, dtype:
     mask = k[:, None, :] <= (q + prefix)[:, :, None]  # [B, Lq, Lk]: bottom-right causal
     mask = mask & (k < prefix + length)[:, None, :] | ~(q < length)[:, :, None]
     plain = bool((prefix == 0).all() and (q < length).all())
-    # in the dtype of the scores: torch would make such a mask of a bool one in every layer, and keep each for backward
-    added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
-    return _Bucket(
-        query_index.flatten().to(device),
-        KVRows.checked(key_index.flatten().to(device), sum(segments.length)),
-        len(members),
-        None if plain else added[:, None].to(device),
-    )
+    # in the dtype of the scores: torch would make such a mask of a bool one in every layer, and keep each for backward;
+    # on CUDA it would as well copy one whose rows do not begin at multiples of 8
+    rows, width = mask.shape[1:]
+    added = torch.zeros(len(members), rows, -(-width // 8) * 8, dtype=dtype)[..., :width]
+    added.masked_fill_(~mask, -torch.inf)
+    return _Bucket(query_index.flatten(), key_index.flatten(), len(members), None if plain else added[:, None])

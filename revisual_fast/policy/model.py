@@ -6,8 +6,8 @@ The vision tower runs once per distinct image of the batch; a frozen one not eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,16 +67,23 @@ class Policy:
             raise ValueError("freeze_vision: this model has no vision parameters")
         for parameter in vision:
             parameter.requires_grad_(False)
+        _without_dropout(self.family.visual)  # its features are kept, so they must not be one draw of a mask
 
     def without_dropout(self) -> None:
         """Switch dropout off for good: a ratio between two passes must measure the weights, not the masks."""
-        for module in self.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        _without_dropout(self.model)
 
-    def without_adapter(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
         """Inside, a LoRA policy computes what its base model would; any other policy is unchanged."""
-        return self.model.disable_adapter() if self.base is not self.model else nullcontext()
+        if self.base is self.model:
+            yield
+            return
+        trained = [(p, p.requires_grad) for p in self.model.parameters()]
+        with self.model.disable_adapter():
+            yield
+        for parameter, flag in trained:  # peft has made all adapters trainable, also those that were frozen
+            parameter.requires_grad_(flag)
 
     @ranged("pack")
     def pack(self, groups: Sequence[Group], layout: Layout = "shared") -> PackedBatch:
@@ -114,6 +121,7 @@ class Policy:
             return None
         assert self.family.visual is not None
         if self.vision_trained:
+            self.images.clear()  # should it be frozen later, its weights may have changed unseen
             return self._encode(batch, range(len(batch.image_keys)))
         with torch.no_grad():
             return self.images.features(self.family.visual, batch.image_keys, lambda i: self._encode(batch, [i]))
@@ -121,8 +129,9 @@ class Policy:
     @ranged("vision tower")
     def _encode(self, batch: PackedBatch, images: Sequence[int]) -> Tensor:
         """The features of some of the batch's images."""
+        assert self.family.visual is not None
         pixels = torch.cat([batch.pixel_values[i] for i in images])
-        pixels = pixels.to(self.device, self.head_weight.dtype, non_blocking=True)
+        pixels = pixels.to(self.device, next(self.family.visual.parameters()).dtype, non_blocking=True)
         return self.family.encode_images(pixels, batch.grids[list(images)])
 
     def states(self, batch: PackedBatch, plan: AttentionPlan | None = None) -> Tensor:
@@ -149,6 +158,12 @@ class Policy:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> fp32 logits [n, V]; for a few rows only (sampling)."""
         return self.family.head(hidden).float()
+
+
+def _without_dropout(part: nn.Module | None) -> None:
+    for module in [] if part is None else part.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def _is_plain(embedding: Any) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.attention.varlen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -89,7 +88,7 @@ def varlen_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             parts.append((scores.softmax(-1) @ c).transpose(0, 1))
         return torch.cat(parts)
 
-    signature = inspect.signature(torch.nn.attention.varlen.varlen_attn)
+    signature = inspect.signature(attention.varlen_attn)
 
     def varlen_attn(*args: Any, **kwargs: Any) -> Tensor:
         called.append("varlen")
@@ -101,15 +100,16 @@ def varlen_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     varlen_attn.__signature__ = signature  # type: ignore[attr-defined]
 
-    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal):
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, deterministic):
         called.append("flash")
         assert causal
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         return attend(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale)
 
     flash = ModuleType("flash_attn")
     flash.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
     return called
 
 
@@ -122,10 +122,9 @@ def test_every_backend_attends_as_the_segments_say(backend, layout, shapes, varl
 
 
 def test_heads_are_repeated_where_torch_cannot_group_them(monkeypatch, varlen_kernels):
-    ours = torch.nn.attention.varlen.varlen_attn
-    signature = ours.__signature__  # type: ignore[attr-defined]
-    kept = [p for name, p in signature.parameters.items() if name != "enable_gqa"]
-    monkeypatch.setattr(ours, "__signature__", signature.replace(parameters=kept))
+    ours: Any = attention.varlen_attn
+    kept = [p for name, p in ours.__signature__.parameters.items() if name != "enable_gqa"]
+    monkeypatch.setattr(ours, "__signature__", ours.__signature__.replace(parameters=kept))
     assert max(errors("varlen", segments_of(SHAPES[0]), torch.float32)) < 1e-5
 
 
@@ -137,20 +136,25 @@ def test_sdpa_attends_as_the_segments_say_for_any_shapes(shapes):
 
 def test_the_gradient_of_a_shared_prefix_is_summed_in_fp32():
     """In bf16 256 + 1 is 256: a sum in bf16 over 64 completions would lose most of them."""
-    segments = segments_of([(1, [2] * 64)])
-    q, k, v = (torch.ones_like(x, requires_grad=True) for x in inputs(65, torch.bfloat16))
-    out = make_plan("sdpa", segments, CPU, torch.bfloat16).attend(0, q, k, v, 1.0)
-    upstream = torch.ones_like(out)
+    lengths = [2] * 64 + [5] * 16 + [17] * 4  # in several buckets
+    segments = segments_of([(1, lengths)])
+    n_rows = sum(segments.length)
+    q, k, v = (torch.zeros_like(x, requires_grad=True) for x in inputs(n_rows, torch.bfloat16))
+    plan = SdpaPlan(segments, CPU, torch.bfloat16)
+    assert len(plan.shapes) > 2
+    out = plan.attend(0, q, k, v, 1.0)
+    upstream = torch.zeros_like(out)
     upstream[:, 0] = 512  # of the prompt's own row
+    upstream[:, segments.start[1:]] = 2  # of each completion's first row, which looks half at the prompt
     (grad,) = torch.autograd.grad(out, [v], upstream)
-    shared = HEADS // KV_HEADS * (512 + 64 * 0.5)
-    assert grad[0, :, 0].unique().item() == torch.tensor(shared).bfloat16()
+    shared = HEADS // KV_HEADS * (512 + len(lengths))
+    assert grad[0, :, 0].unique().item() == torch.tensor(float(shared)).bfloat16()
 
 
 def test_buckets_of_the_sdpa_backend_waste_little():
     segments = segments_of([(5, [2, 3, 60, 61, 62, 7]), (40, [1, 2, 3])])
     plan = SdpaPlan(segments, CPU, torch.float32)
-    area = sum(len(b.query_index) * len(b.keys.index) // b.size for b in plan.buckets)
+    area = sum(q * k // size for q, k, (size, _) in zip(plan.n_queries, plan.n_keys, plan.shapes, strict=True))
     used = sum(n * k for n, k in zip(segments.length, segments.keys, strict=True))
     assert used / area >= 0.75
 
@@ -158,15 +162,23 @@ def test_buckets_of_the_sdpa_backend_waste_little():
 def test_auto_takes_the_first_that_can_run(monkeypatch):
     bf16, fp32 = torch.bfloat16, torch.float32
     assert pick_attention("auto", CPU, bf16)[0] == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     chosen, why = pick_attention("auto", CUDA, bf16)
     assert (chosen, why) == ("varlen", "flash: not installed: pip install flash-attn")
     assert pick_attention("auto", CUDA, fp32)[0] == "sdpa"
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    chosen, why = pick_attention("auto", CUDA, bf16)
+    assert chosen == "varlen"
+    assert "its varlen kernel cannot be imported" in why
+    sys.modules["flash_attn"].flash_attn_varlen_func = print  # type: ignore[attr-defined]
     assert pick_attention("auto", CUDA, bf16) == ("flash", "the first choice")
     chosen, why = pick_attention("auto", CUDA, fp32)
     assert chosen == "sdpa"
     assert "flash: made for bfloat16 and float16, the model is in float32" in why
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert pick_attention("auto", CUDA, torch.float16)[0] == "sdpa"
 
 
 def test_a_backend_that_cannot_run_is_refused_with_the_reason():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,6 +143,36 @@ def test_a_variant_that_fails_late_is_dropped_and_the_others_go_on(at):
     assert "median_s" not in rows["late"]
     assert rows["eager"]["rounds"] == 4
     assert len(calls) == at
+
+
+def test_a_long_call_is_checked_and_gauged_at_once():
+    calls = []
+
+    def run():
+        calls.append("run")
+        return {"y": ANSWER}
+
+    long = replace(problem(Variant("mine", "ours", lambda: Call(run))), long_calls=True)
+    rows = {row["variant"]: row for row in Bench(long, FakeClock(), 2).run()}
+    assert len(calls) == 1 + 2
+    assert rows["mine"]["peak_bytes"] == 1 << 20
+
+
+def test_a_problem_may_have_errors_of_its_own():
+    own = replace(problem(computing("mine", ANSWER, "ours")), errors=lambda outputs, reference: {"all": 0.5})
+    rows = {row["variant"]: row for row in Bench(own, FakeClock(), 1).run()}
+    assert rows["mine"]["errors"] == {"all": 0.5}
+    assert rows["mine"]["errors_allowed"] == {"all": 1.0}
+
+
+def test_only_a_case_with_a_label_has_one_in_its_rows():
+    assert set(CASE.fields) == {"op", "n", "d", "v", "dtype", "device"}
+    labelled = replace(CASE, label="250/96/8")
+    assert labelled.fields["label"] == "250/96/8"
+    assert (CASE.title, labelled.title) == (
+        "linear_policy_loss  N=16 D=8 V=40 float32",
+        "linear_policy_loss  250/96/8 float32",
+    )
 
 
 def test_past_the_deadline_a_few_rounds_are_timed():
@@ -300,8 +331,9 @@ def test_peak_memory_on_the_cpu():
 
 
 def test_cases_of_a_suite():
-    assert {case.op for case in cases("gpu")} == set(OPS)
-    assert all(list(shapes) == list(OPS) for shapes in problems.SHAPES.values())
+    assert {case.op for case in (*cases("gpu"), *cases("cpu"))} == set(OPS)
+    shaped = [op for op in OPS if op not in problems.LABELLED]
+    assert all(list(shapes) == shaped for shapes in problems.SHAPES.values())
     assert (cases("gpu")[-1].op, cases("gpu")[-1].d) == ("linear_policy_loss", 2048), (
         "second shapes after all first ones"
     )
@@ -320,7 +352,7 @@ def test_cases_of_a_suite():
         cases("cpu", ["sampling_mask_replay"], (16, 8, 15))
     with pytest.raises(ValueError, match="D must be even"):
         cases("cpu", ["mrope"], (16, 7, 40))
-    with pytest.raises(ValueError, match=r"no case of linear_cross_entropy.*--shape"):
+    with pytest.raises(ValueError, match=r"no such case of linear_cross_entropy.*--shape"):
         cases("cpu", ["linear_cross_entropy"])
 
 
@@ -348,7 +380,7 @@ def test_a_budget_is_kept(monkeypatch, tmp_path, capsys):
     arguments = ["--suite", "cpu", "--shape", "16,8,40", "--dtype", "float32", "--budget", "60"]
     ops = ["gather_rows", "linear_logprob", "mrope"]
     assert command.main([*arguments, *(f"--op={op}" for op in ops)]) == 0
-    assert deadlines == [60.0 - sum(problems.RESERVE.values())]
+    assert deadlines == [60.0 - problems.RESERVE["long"] - problems.RESERVE["short"]]
     said = capsys.readouterr().out
     assert "left out: linear_logprob  N=16 D=8 V=40 float32; mrope  N=16 D=8 V=0 float32" in said
 

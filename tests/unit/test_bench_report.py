@@ -80,7 +80,7 @@ def test_a_commit_is_short_and_says_dirty():
 
 def test_targets_are_reached_missed_or_not_measured():
     found = targets(CPU_ROWS)
-    cpu = [target for target in found if target.text.startswith("CPU") and "float32" in target.text]
+    cpu = [target for target in found if target.text.startswith("CPU, `linear") and "float32" in target.text]
     assert [target.verdict for target in cpu] == ["reached", "reached", "reached", "missed"]
     assert cpu[0].measured == (
         "against eager: 2.00x (revisual-fast torch); fastest baseline with the same outputs: "
@@ -89,10 +89,10 @@ def test_targets_are_reached_missed_or_not_measured():
     assert cpu[1].measured.startswith("against eager: 0.200 (revisual-fast torch); fastest")
     assert cpu[1].measured.endswith("Liger fused linear GRPO, 0.200 of its memory")
     rest = [target for target in found if target not in cpu]
-    assert len(rest) == 12
+    assert len(rest) == 17
     assert {target.measured for target in rest} == {MISSING}
     text = report.results(CPU_ROWS, {})
-    assert text.count("| not measured |") == 12
+    assert text.count("| not measured |") == 17
     assert "Nothing here has been measured on a GPU" in text
 
 
@@ -184,4 +184,4 @@ def test_report_and_picture_are_written(tmp_path):
 
 def test_results_without_a_measurement(tmp_path):
     (path,) = report.write(tmp_path, tmp_path)
-    assert path.read_text().count("| not measured |") == 16
+    assert path.read_text().count("| not measured |") == 21

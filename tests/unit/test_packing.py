@@ -119,6 +119,18 @@ def test_image_tokens_without_an_image_are_refused(policy):
         policy.pack([Group(broken, [])])
 
 
+def test_one_key_for_two_sizes_is_refused(policy):
+    one = make_prompt(policy.family, 6, [(1, 2, 2)], 1, keys="a")
+    two = make_prompt(policy.family, 6, [(1, 2, 4)], 2, keys="a")
+    with pytest.raises(ValueError, match=r"image a comes with two grids, \[1, 2, 2\] and \[1, 2, 4\]"):
+        policy.pack([Group(one, []), Group(two, [])])
+
+
+def test_nothing_is_refused(policy):
+    with pytest.raises(ValueError, match="nothing to pack"):
+        policy.pack([])
+
+
 def test_empty_prompts_and_completions_are_refused(policy):
     (group,) = make_groups(policy.family, [(5, [], [2])])
     with pytest.raises(ValueError, match="at least one token"):

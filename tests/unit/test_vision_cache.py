@@ -71,6 +71,29 @@ def test_a_trained_tower_runs_for_every_pass(policy, group):
     assert policy.images.bytes == 0
 
 
+def test_a_tower_that_was_trained_in_between_is_another_one(policy, group):
+    policy.freeze_vision()
+    before = packed_logp(policy, [group])
+    policy.model.requires_grad_(True)
+    packed_logp(policy, [group]).sum().backward()
+    torch.optim.AdamW(policy.family.visual.parameters(), lr=1e-2, fused=True).step()
+    policy.freeze_vision()
+    assert not torch.allclose(before, packed_logp(policy, [group]))
+
+
+def test_features_are_kept_without_dropout(tiny_vl, group):
+    lora = LoraConfig(target_modules=r".*visual.*qkv", dropout=0.5)
+    policy = load_policy(tiny_vl, ModelConfig(path=str(tiny_vl), dtype="float32", device="cpu", lora=lora))
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    policy.freeze_vision()
+    trained = packed_logp(policy, [group])
+    policy.images.clear()
+    policy.model.eval()
+    assert torch.equal(trained, packed_logp(policy, [group]))
+
+
 @torch.no_grad()
 def test_loaded_weights_make_old_features_unknown(policy):
     tower = policy.family.visual
@@ -92,7 +115,8 @@ def test_an_adapter_in_the_tower_that_is_switched_off_is_another_tower(tiny_vl, 
     with policy.without_adapter():
         plain = packed_logp(policy, [group])
     assert not torch.allclose(adapted, plain)
-    torch.testing.assert_close(packed_logp(policy, [group]), adapted)  # peft has made it trainable again
+    assert not policy.vision_trained, "peft would have made it trainable again"
+    assert torch.equal(packed_logp(policy, [group]), adapted)
 
 
 def test_the_least_recently_used_go_first_and_the_bytes_stay_within_the_capacity():
