@@ -1,7 +1,7 @@
 """What activations take: the bytes alive at the peak of a forward and backward pass, from the model's sizes.
 
 Kept from forward to backward by transformers' layers, for each packed row (``D`` hidden, ``I`` intermediate, ``H``
-query heads and ``K`` key heads of width ``d``, ``b`` bytes a number):
+query heads and ``K`` key heads (``H`` where they are repeated) of width ``d``, ``b`` bytes a number):
 
 ==================  =========================  =========================  ==========================================
 part                fp32 (b = 4)               half (b = 2)               which tensors
@@ -89,7 +89,7 @@ class Activations:
         patch = f", {_readable(self.per_patch)} an image patch" if self.per_patch else ""
         return (
             f"activations: {_readable(self.per_token)} a token{patch}, "
-            f"{_readable(total)} for micro_batch_tokens {tokens}"
+            f"{_readable(total)} for micro_batch_tokens {tokens} of text"
         )
 
 
@@ -100,6 +100,7 @@ def activation_bytes(
     checkpointing: bool = False,
     liger: bool = False,
     attention: str = "varlen",  # sdpa keeps its output a second time
+    heads_repeated: bool = False,  # whether attention takes keys and values once for every query head
     lora_rank: int | None = None,  # of fp32 adapters on the seven projections of every layer, all else frozen
     head_trained: bool = True,
     vision_trained: bool = True,
@@ -112,7 +113,8 @@ def activation_bytes(
     if dtype_bytes not in (2, 4):
         raise ValueError(f"activations of {dtype_bytes} bytes a number are not estimated; 2 (half) or 4 (fp32) are")
     b, hidden = dtype_bytes, shape.hidden
-    row, query, key = _layer(shape, b, liger, attention == "sdpa", lora_rank)
+    kv_heads = shape.heads if heads_repeated else shape.kv_heads
+    row, query, key = _layer(shape, b, liger, attention == "sdpa", kv_heads, lora_rank)
     kept_row, kept_query, kept_key = (b * hidden, 0, 0) if checkpointing else (row, query, key)
     backward = b * (2 * shape.intermediate + hidden)
     once = 2 * b * shape.head_dim + _norm(hidden, b, liger) - b * hidden
@@ -136,7 +138,9 @@ def activation_bytes(
     )
 
 
-def _layer(shape: ModelShape, b: int, liger: bool, ordered: bool, lora_rank: int | None) -> tuple[int, int, int]:
+def _layer(
+    shape: ModelShape, b: int, liger: bool, ordered: bool, kv_heads: int, lora_rank: int | None
+) -> tuple[int, int, int]:
     """What a decoder layer keeps for a row, for a row of queries and for a row of keys."""
     hidden, intermediate, width = shape.hidden, shape.intermediate, shape.heads * shape.head_dim
     row = 2 * _norm(hidden, b, liger) + (3 if liger else 4) * b * intermediate + (b * width if ordered else 0)
@@ -147,7 +151,7 @@ def _layer(shape: ModelShape, b: int, liger: bool, ordered: bool, lora_rank: int
     if shape.qk_norm:
         heads = shape.heads + shape.kv_heads
         row += heads * (_norm(shape.head_dim, b, liger) - b * shape.head_dim)
-    return row, 2 * b * width + 4 * shape.heads, 2 * b * shape.kv_heads * shape.head_dim
+    return row, 2 * b * width + 4 * shape.heads, 2 * b * kv_heads * shape.head_dim
 
 
 def _norm(width: int, b: int, liger: bool) -> int:

@@ -32,7 +32,7 @@ from revisual_fast.packing import Segments
 
 __all__ = [
     *("BACKENDS", "NAME", "AttentionPlan", "KeepingPlan", "SdpaPlan", "SharedPrefixPlan", "VarlenPlan"),
-    *("attention_problem", "available_backends", "make_plan", "packed_attention", "pick_attention"),
+    *("attention_problem", "available_backends", "make_plan", "packed_attention", "pick_attention", "repeats_heads"),
 ]
 
 NAME = "revisual_packed"
@@ -116,6 +116,14 @@ def pick_attention(setting: str, device: torch.device, dtype: torch.dtype) -> tu
     return chosen, "; ".join(passed) or "the first choice"
 
 
+def repeats_heads(backend: str, device: torch.device) -> bool:
+    """Whether keys and values are repeated for the query heads that share them: sdpa on CUDA, where a mask with grouped
+    heads would fall to the unfused kernel, and torch 2.11's varlen, which does not know of groups."""
+    if backend == "varlen":
+        return "enable_gqa" not in inspect.signature(varlen_attn).parameters
+    return backend == "sdpa" and device.type == "cuda"
+
+
 def make_plan(backend: str, segments: Segments, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
     """How one packed row attends, for all its layers, with queries, keys and values of ``dtype``."""
     if backend == "sdpa":
@@ -149,7 +157,7 @@ class VarlenPlan:
         self.rows = KVRows.checked(segments.key_rows.to(device, non_blocking=True), n_rows) if shared else None
         self.flash = backend == "flash"
         self.exact = torch.are_deterministic_algorithms_enabled()
-        self.groups_heads = backend == "flash" or "enable_gqa" in inspect.signature(varlen_attn).parameters
+        self.repeats = repeats_heads(backend, device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
@@ -166,10 +174,10 @@ class VarlenPlan:
     def _torch(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         grouped: dict[str, Any] = {}
         if q.shape[1] != k.shape[1]:
-            if self.groups_heads:
-                grouped = {"enable_gqa": True}
-            else:
+            if self.repeats:
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            else:
+                grouped = {"enable_gqa": True}
         bounds = (self.cu_q, self.cu_k, self.max_q, self.max_k)
         out = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=(-1, 0), **grouped)
         assert isinstance(out, Tensor)
@@ -210,6 +218,7 @@ class SdpaPlan:
         self.shapes = [(b.size, None if b.mask is None else b.mask.to(device)) for b in buckets]
         self.n_queries, self.n_keys = ([len(getattr(b, f)) for b in buckets] for f in ("query_index", "key_index"))
         self.queries = torch.cat([b.query_index for b in buckets]).to(device)
+        self.repeats = repeats_heads("sdpa", device)
         keys = torch.cat([b.key_index for b in buckets]).to(device)
         self.keys = KVRows.checked(keys, sum(segments.length))
         order, offset = [torch.empty(0, dtype=torch.long)] * len(segments.start), 0
@@ -224,10 +233,16 @@ class SdpaPlan:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
         k, v = gather_kv(k, v, self.keys)
-        if q.is_cuda and q.shape[1] != k.shape[1]:  # there, a mask with grouped heads would fall to the unfused kernel
+        if self.repeats and q.shape[1] != k.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        rows = q.index_select(0, self.queries).split(self.n_queries), k.split(self.n_keys), v.split(self.n_keys)
-        parts = [_rectangle(*shape, *x, scaling) for shape, *x in zip(self.shapes, *rows, strict=True)]
+        queries, keys, values = (
+            x.split(lengths)
+            for x, lengths in ((q.index_select(0, self.queries), self.n_queries), (k, self.n_keys), (v, self.n_keys))
+        )
+        parts = [
+            _rectangle(size, mask, queries[i], keys[i], values[i], scaling)
+            for i, (size, mask) in enumerate(self.shapes)
+        ]
         return torch.cat(parts).index_select(0, self.order)[None]
 
 

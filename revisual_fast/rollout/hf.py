@@ -57,9 +57,11 @@ class HFEngine:
         self.policy.model.eval()
         generator = torch.Generator(self.policy.device).manual_seed(sampling.seed)
         rollouts: list[list[Rollout]] = []
-        for batch in self._batches(prompts, n, sampling.max_tokens):
-            rollouts += _Batch(self, batch, n, sampling, generator).run()
-        self.policy.model.train(was_training)
+        try:
+            for batch in self._batches(prompts, n, sampling.max_tokens):
+                rollouts += _Batch(self, batch, n, sampling, generator).run()
+        finally:
+            self.policy.model.train(was_training)
         return rollouts
 
     def _batches(self, prompts: Sequence[PackedPrompt], n: int, max_tokens: int) -> list[list[PackedPrompt]]:

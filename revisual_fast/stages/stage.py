@@ -18,6 +18,7 @@ from revisual_fast.data.sampler import Sampler
 from revisual_fast.kernels.plan import CHUNK_BYTES
 from revisual_fast.optim import Optimizer, lr_factor
 from revisual_fast.packing import Activations, CostModel, Group, MicroBatch, activation_bytes, plan_micro_batches
+from revisual_fast.policy.attention import repeats_heads
 from revisual_fast.policy.liger import use_liger
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import span
@@ -99,11 +100,14 @@ class Stage:
             dtype_bytes=policy.head_weight.itemsize,
             liger=use_liger(model.liger_kernels, policy.device)[0],
             attention=policy.attention,
+            heads_repeated=repeats_heads(policy.attention, policy.device),
             lora_rank=None if model.lora is None else model.lora.rank,
             chunk_bytes=CHUNK_BYTES[policy.device.type] * (2 if policy.device.type == "cuda" else 1),  # two are alive
             **trained,
         )
-        return CostModel(shape=policy.family.shape, text_trained=model.lora is None, **trained), activations
+        cached = not policy.vision_trained and model.vision_cache_mib > 0  # the rollout has encoded the images
+        cost = CostModel(shape=policy.family.shape, text_trained=model.lora is None, vision_cached=cached, **trained)
+        return cost, activations
 
     def _total_steps(self, batch: int) -> int:
         limit = self.context.config.train.max_steps or math.inf

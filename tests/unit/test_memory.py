@@ -82,8 +82,8 @@ def estimate(policy: Policy, batch: PackedBatch, **options: Any) -> int:
         chunk_bytes=CHUNK_BYTES["cpu"],
         **options,
     )
-    buckets = policy.plan(batch).buckets
-    gathered = {"queries": sum(len(b.query_index) for b in buckets), "keys": sum(len(b.keys.index) for b in buckets)}
+    plan: Any = policy.plan(batch)
+    gathered = {"queries": sum(plan.n_queries), "keys": sum(plan.n_keys)}
     return activations.peak(len(batch.ids), len(batch.targets), int(batch.grids.prod(1).sum()), **gathered)
 
 
@@ -167,7 +167,7 @@ def test_the_loss_takes_its_chunk_at_most():
 def test_the_line_for_a_run():
     estimate = activation_bytes(replace(SHAPE, vision=TOWER_3B), dtype_bytes=2, checkpointing=True)
     line = estimate.describe(16384)
-    assert line == "activations: 331 KiB a token, 97.9 KiB an image patch, 5.2 GiB for micro_batch_tokens 16384"
+    assert line == "activations: 331 KiB a token, 97.9 KiB an image patch, 5.2 GiB for micro_batch_tokens 16384 of text"
 
 
 def test_other_dtypes_are_refused():

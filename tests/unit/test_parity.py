@@ -1,7 +1,7 @@
 """Packed rows against transformers' own padded forward, for every family: loss and all gradients, and who sees whom.
 
 The gradients are compared as vectors, each relative to its own norm, in fp32. Both sides round some hundred times along
-the way: of 4308 random cases the worst gradient differed by 4.0e-6 and the worst loss by 3.1e-7. The bound is 1e-5.
+the way: mostly the worst gradient differs by about 1e-6. The bound is 1e-5.
 """
 
 from dataclasses import replace
@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from revisual_fast.packing import Group
@@ -73,8 +73,6 @@ def test_random_group_shapes(family, shapes, last, seed):
     shapes = [(text, images if family in VISION else [], own) for text, images, own in shapes]
     text, images, own = shapes[-1]
     groups = make_groups(policy.family, [*shapes[:-1], (text, images, [*own, last])], seed)
-    read = [torch.cat([g.prompt.ids, c[:-1]]) for g in groups for c in g.completions]
-    assume(any(len(ids.unique()) > 1 for ids in read))  # attention among equal tokens has no gradient but rounding
     for layout in LAYOUTS:
         assert_equal(policy, groups, layout)
 

@@ -42,9 +42,14 @@ class Family:
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Raises ValueError for a model whose attention is not causal over everything before, or whose rotation
-        depends on the length of the row: neither would be the same in a packed row."""
+        """Raises ValueError for a model whose attention is not causal over everything before or drops some of it, or
+        whose rotation depends on the length of the row: none would be the same in a packed row."""
         text = config.get_text_config()
+        if getattr(text, "attention_dropout", 0):
+            raise ValueError(
+                f"{config.model_type} with attention_dropout {text.attention_dropout} is not supported: packed "
+                "attention drops nothing; set it to 0 in the model's config.json"
+            )
         if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
             raise ValueError(
                 f"{config.model_type} with a sliding window is not supported: packed attention has no window; "

@@ -19,7 +19,8 @@ class Qwen3VL(VisionLanguage):
 
     def __init__(self, model: Any):
         super().__init__(model)
-        self.deepstack = len(model.config.vision_config.deepstack_visual_indexes)
+        assert self.shape.vision is not None
+        self.deepstack = self.shape.vision.deepstack
         self.text._deepstack_process = MethodType(_add_features, self.text)
 
     def _tower_inputs(self, config: Any) -> TowerInputs:
