@@ -82,7 +82,7 @@ def grpo_step_share(case: Case) -> Problem:
     def answer() -> Outputs:
         return {f"{point}:{name}": value for point, x in points.items() for name, value in reference(case, x).items()}
 
-    needed = max(cost.flops(x.group) for x in points.values())
+    needed = min(cost.flops(x.group) for x in points.values())
     return replace(_problem(case, model, variants, answer, needed), errors=share_errors)
 
 
