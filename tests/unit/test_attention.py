@@ -68,6 +68,7 @@ SHAPES = [
     [(5, []), (3, [4]), (1, [1, 1]), (2, [7, 7])],
     [(3, [2]), (9, [4]), (2, [12]), (7, [1])],
 ]
+LONG = [(20, [300, 280, 290]), (150, [140, 3])]  # several blocks of queries
 
 
 @pytest.fixture
@@ -121,6 +122,14 @@ def test_every_backend_attends_as_the_segments_say(backend, layout, shapes, varl
     assert set(varlen_kernels) == {backend} & {"flash", "varlen"}
 
 
+@pytest.mark.parametrize("layout", ["shared", "varlen", "padded"])
+def test_sdpa_takes_long_segments_block_by_block(layout):
+    segments = segments_of(LONG, layout)
+    plan = SdpaPlan(segments, CPU, torch.float32)
+    assert max(len(b.blocks) for b in plan.buckets) == 3
+    assert max(errors("sdpa", segments, torch.float32)) < 1e-5
+
+
 def test_heads_are_repeated_where_torch_cannot_group_them(monkeypatch, varlen_kernels):
     ours: Any = attention.varlen_attn
     kept = [p for name, p in ours.__signature__.parameters.items() if name != "enable_gqa"]
@@ -141,7 +150,7 @@ def test_the_gradient_of_a_shared_prefix_is_summed_in_fp32():
     n_rows = sum(segments.length)
     q, k, v = (torch.zeros_like(x, requires_grad=True) for x in inputs(n_rows, torch.bfloat16))
     plan = SdpaPlan(segments, CPU, torch.bfloat16)
-    assert len(plan.shapes) > 2
+    assert len(plan.buckets) > 2
     out = plan.attend(0, q, k, v, 1.0)
     upstream = torch.zeros_like(out)
     upstream[:, 0] = 512  # of the prompt's own row
@@ -154,7 +163,7 @@ def test_the_gradient_of_a_shared_prefix_is_summed_in_fp32():
 def test_buckets_of_the_sdpa_backend_waste_little():
     segments = segments_of([(5, [2, 3, 60, 61, 62, 7]), (40, [1, 2, 3])])
     plan = SdpaPlan(segments, CPU, torch.float32)
-    area = sum(q * k // size for q, k, (size, _) in zip(plan.n_queries, plan.n_keys, plan.shapes, strict=True))
+    area = sum(b.query_index.numel() * b.key_index.shape[1] for b in plan.buckets)
     used = sum(n * k for n, k in zip(segments.length, segments.keys, strict=True))
     assert used / area >= 0.75
 
