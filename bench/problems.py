@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bench import fused, grouped, packing, step
+from bench import attention, fused, grouped, packing, step
 from bench.harness import Case, Problem
 from bench.inputs import KEPT, SEQUENCES
 
@@ -15,6 +15,7 @@ OPS: dict[str, Callable[[Case], Problem]] = {
     "linear_policy_loss": fused.linear_policy_loss,
     "grpo_step": step.grpo_step,
     "grpo_step_share": step.grpo_step_share,
+    "shared_attention": attention.shared_attention,
     "gather_kv": packing.kv_gather,
     "pack_embeddings": packing.pack_embeddings,
     "mrope": packing.mrope,
@@ -29,7 +30,7 @@ HEADLESS = {  # have no D
     *("policy_loss_from_logits", "policy_loss_from_logits_gspo", "logits_statistics"),
     *("group_advantages", "pad_selection"),
 }
-WORDLESS = {"group_advantages", "pad_selection", "gather_rows", "gather_kv", "mrope"}  # have no V
+WORDLESS = {"group_advantages", "pad_selection", "gather_rows", "gather_kv", "mrope", "shared_attention"}  # have no V
 SHORT = {*WORDLESS, "pack_embeddings"}  # take seconds
 UNGROUPED = SHORT - {"group_advantages"}  # take any N
 FP32_ONLY = {"group_advantages", "pad_selection"}
@@ -47,6 +48,7 @@ SHAPES: dict[str, dict[str, list[tuple[int, int, int]]]] = {  # N, D, V
         "policy_loss_from_logits_gspo": [(128, 0, 32000)],
         "logits_statistics": [(128, 0, 32000)],
         "linear_policy_loss": [(2048, 512, 32000)],
+        "shared_attention": [(1024, 256, 0)],
         "gather_kv": [(1024, 256, 0)],
         "pack_embeddings": [(1024, 256, 8192)],
         "mrope": [(1024, 512, 0)],
@@ -62,6 +64,7 @@ SHAPES: dict[str, dict[str, list[tuple[int, int, int]]]] = {  # N, D, V
         "policy_loss_from_logits_gspo": [(8192, 0, 151936)],
         "logits_statistics": [(8192, 0, 151936)],
         "linear_policy_loss": [(8192, 3584, 152064), (8192, 2048, 151936)],
+        "shared_attention": [(16384, 3584, 0), (16384, 2048, 0)],
         "gather_kv": [(16384, 512, 0)],
         "pack_embeddings": [(16384, 3584, 152064)],
         "mrope": [(16384, 3584, 0)],
