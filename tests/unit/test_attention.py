@@ -15,7 +15,8 @@ from torch import Tensor
 
 from revisual_fast.packing import Segments
 from revisual_fast.policy import attention
-from revisual_fast.policy.attention import SdpaPlan, make_plan, pick_attention
+from revisual_fast.policy.attention import make_plan, pick_attention
+from revisual_fast.policy.sdpa import SdpaPlan
 from tests.devices import needs_triton
 from tests.groups import blank_groups
 from tests.numerics import relative_error
