@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.checks import Outputs, relative_error
 from bench.harness import Case
-from revisual_fast.packing import Group
+from revisual_fast.packing import Group, Prompt
 
 PAD, IMAGE, FIRST_WORD = 0, 5, 10  # ids: padding, image token, the first of the ids that words are drawn from
 SMALL, LARGE = "Qwen2.5-VL-3B, a quarter as wide, 8 layers", "Qwen2.5-VL-3B"
@@ -111,16 +111,6 @@ def build(config: Any, dtype: torch.dtype, device: str, checkpointing: bool = Fa
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
-
-
-@dataclass
-class Prompt:
-    """A ``packing.PackedPrompt``."""
-
-    ids: Tensor
-    pixel_values: Tensor | None
-    grids: Tensor
-    image_keys: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,15 @@
-"""Groups of random prompts, images and completions, and their log-probs from the packed and the plain forward."""
+"""Groups of random prompts, images and completions, and their log-probs from the packed forward."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from revisual_fast.packing import Group, Layout
+from revisual_fast.packing import Group, Layout, Prompt
 from revisual_fast.policy.model import Policy
 
 TEXT_IDS = (20, 60)  # ids of ordinary words in the tiny model's vocabulary
@@ -19,15 +18,7 @@ Shape = tuple[int, list[tuple[int, int, int]], list[int]]
 """A group: text tokens, image grids, completion lengths."""
 
 
-@dataclass
-class FakePrompt:
-    ids: Tensor
-    pixel_values: Tensor | None
-    grids: Tensor
-    image_keys: tuple[str, ...]
-
-
-def make_prompt(family: Any, text: int, grids: list[tuple[int, int, int]], seed: int, keys: str = "") -> FakePrompt:
+def make_prompt(family: Any, text: int, grids: list[tuple[int, int, int]], seed: int, keys: str = "") -> Prompt:
     """``text`` random tokens with the images of ``grids`` between them; ``keys`` has a letter for each image."""
     rng = torch.Generator().manual_seed(seed)
     words = torch.randint(*TEXT_IDS, (text,), generator=rng)
@@ -40,7 +31,7 @@ def make_prompt(family: Any, text: int, grids: list[tuple[int, int, int]], seed:
         parts += [torch.full((t * h * w // 4,), family.image_token_id), words[1 + i : 2 + i]]
     parts.append(words[1 + len(grids) :])
     shapes = torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
-    return FakePrompt(torch.cat(parts), torch.cat(pixels) if pixels else None, shapes, tuple(names))
+    return Prompt(torch.cat(parts), torch.cat(pixels) if pixels else None, shapes, tuple(names))
 
 
 def make_groups(family: Any, shapes: Sequence[Shape], seed: int = 0) -> list[Group]:
@@ -56,31 +47,14 @@ def make_groups(family: Any, shapes: Sequence[Shape], seed: int = 0) -> list[Gro
 
 def blank_groups(shapes: Sequence[tuple[int, Sequence[int]]]) -> list[Group]:
     """Groups for planning only: (prompt tokens, completion lengths) of zeros, without images."""
-    none = torch.empty(0, 3, dtype=torch.long)
 
     def zeros(n: int) -> Tensor:
         return torch.zeros(n, dtype=torch.long)
 
-    return [Group(FakePrompt(zeros(p), None, none, ()), [zeros(c) for c in lengths]) for p, lengths in shapes]
+    return [Group(Prompt(zeros(p)), [zeros(c) for c in lengths]) for p, lengths in shapes]
 
 
 def packed_logp(policy: Policy, groups: list[Group], layout: Layout = "shared") -> Tensor:
     batch = policy.pack(groups, layout)
     logp = policy.logits(policy.hidden(batch)).log_softmax(-1)
     return logp.gather(1, batch.targets[:, None])[:, 0]
-
-
-def plain_logp(model: Any, family: Any, groups: list[Group]) -> Tensor:
-    """Every completion by itself through transformers' forward, in the packed order."""
-    out = []
-    for group in groups:
-        for completion in group.completions:
-            ids = torch.cat([group.prompt.ids, completion])[None]
-            images = {}
-            if group.prompt.pixel_values is not None:
-                images = {"pixel_values": group.prompt.pixel_values, "image_grid_thw": group.prompt.grids}
-            types = (ids == family.image_token_id).int()
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, **images).logits
-            rows = logits[0, len(group.prompt.ids) - 1 : -1].log_softmax(-1)
-            out.append(rows.gather(1, completion[:, None])[:, 0])
-    return torch.cat(out)

@@ -18,25 +18,12 @@ from revisual_fast.config import ChatConfig
 from revisual_fast.data.bad import NO_VISION, SPECIAL_TOKEN, UNREADABLE_IMAGE, BadRecordError, BadRecords
 from revisual_fast.data.images import ImageRef
 from revisual_fast.data.records import Record
+from revisual_fast.packing import Prompt
 
-__all__ = ["Example", "Processor", "Prompt"]
+__all__ = ["Example", "Processor"]
 
 IMAGE_TOKEN = "<|image_pad|>"
 CACHE_BYTES = 256 * 2**20
-
-
-@dataclass
-class Prompt:
-    """What the model reads."""
-
-    ids: Tensor
-    """[P] int64, one image token per merged patch."""
-    pixel_values: Tensor | None
-    """[n_patches, channels * temporal * patch * patch] fp32; None without images."""
-    grids: Tensor
-    """[n_images, 3] int64: time, height, width in patches; no rows without images."""
-    image_keys: tuple[str, ...]
-    """SHA-256 of each image's content."""
 
 
 @dataclass

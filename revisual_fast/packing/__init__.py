@@ -19,7 +19,7 @@ completion continue at ``max(prompt positions) + 1``, which is the M-RoPE rule a
 
 from __future__ import annotations
 
-from revisual_fast.packing.batch import Group, Layout, PackedBatch, PackedPrompt, Segments
+from revisual_fast.packing.batch import Group, Layout, PackedBatch, Prompt, Segments
 from revisual_fast.packing.cost import CostModel, ModelShape, VisionShape
 from revisual_fast.packing.layouts import PositionFn, pack_groups
 from revisual_fast.packing.memory import Activations, activation_bytes
@@ -33,8 +33,8 @@ __all__ = [
     "MicroBatch",
     "ModelShape",
     "PackedBatch",
-    "PackedPrompt",
     "PositionFn",
+    "Prompt",
     "Segments",
     "VisionShape",
     "activation_bytes",

@@ -3,39 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["Group", "Layout", "PackedBatch", "PackedPrompt", "Segments"]
+__all__ = ["Group", "Layout", "PackedBatch", "Prompt", "Segments"]
 
 Layout = Literal["shared", "varlen", "padded"]
+
+
+def check_layout(layout: str) -> None:
+    """Raises ValueError for a layout that there is not."""
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout {layout!r} is unknown; it is one of {', '.join(get_args(Layout))}")
+
+
 ON_HOST = ("cu_seqlens", "grids")
 """What :meth:`PackedBatch.to` leaves where it is."""
 
 
-class PackedPrompt(Protocol):
-    """What packing needs to know of a prompt; see :class:`revisual_fast.data.processor.Prompt`."""
+@dataclass
+class Prompt:
+    """What the model reads: ids, and the patches of the images that the image tokens among them stand for."""
 
-    ids: Tensor  # [P] int64
-    pixel_values: Tensor | None  # [patches, C] of all of the prompt's images
-    grids: Tensor  # [I, 3] int64: (t, h, w) in patches
-    image_keys: tuple[str, ...]  # [I] equal keys are equal images
+    ids: Tensor
+    """[P] int64, one image token per feature, which is a merged patch."""
+    pixel_values: Tensor | None = None
+    """[patches, channels * temporal * patch * patch] of all images, one after the other; None without images."""
+    grids: Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.long))
+    """[I, 3] int64: time, height, width in patches; no rows without images."""
+    image_keys: tuple[str, ...] = ()
+    """[I]: a name for each image's content, such as its SHA-256. Equal keys are equal images."""
 
 
 @dataclass(frozen=True)
 class Group:
     """One prompt and the completions that are trained on (or none, to score or to prefill the prompt)."""
 
-    prompt: PackedPrompt
+    prompt: Prompt
     completions: Sequence[Tensor]  # each [C_i] int64, C_i >= 1
 
     def tokens(self, layout: Layout) -> int:
         """Rows this group takes in the packed row; padded: where no other group of the batch is longer."""
+        check_layout(layout)
         prompt, own = len(self.prompt.ids), [len(c) - 1 for c in self.completions]
         copies = max(1, len(own))
         if layout == "padded":
@@ -81,6 +95,9 @@ class Segments:
 
 @dataclass(frozen=True)
 class PackedBatch:
+    """One packed row. Beware of two kinds of bounds: ``cu_seqlens`` are those of the completions' targets, as the loss
+    takes them; attention's are ``segments.cu_q`` and ``segments.cu_k``."""
+
     ids: Tensor  # [T] int64
     positions: Tensor  # [4, 1, T] int64: text row, then temporal, height, width
     rows: Tensor  # [N] int64: the row of the hidden states that predicts target n

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from revisual_fast.packing.batch import Group, Layout, PackedBatch, PackedPrompt, Segments
+from revisual_fast.packing.batch import Group, Layout, PackedBatch, Prompt, Segments, check_layout
 
 __all__ = ["PositionFn", "pack_groups"]
 
@@ -16,7 +16,7 @@ PositionFn = Callable[[Tensor, Tensor], Tensor]
 
 
 def pack_groups(
-    prompts: Sequence[PackedPrompt],
+    prompts: Sequence[Prompt],
     completions: Sequence[Sequence[Tensor]],
     *,
     positions: PositionFn,
@@ -31,6 +31,9 @@ def pack_groups(
     sees no images. Each distinct image (by key) appears once. Raises ValueError where there is no prompt, for an empty
     prompt or completion, for one key with two grids, and where image tokens and features do not agree.
     """
+    check_layout(layout)
+    if len(prompts) != len(completions):
+        raise ValueError(f"{len(prompts)} prompts come with the completions of {len(completions)}")
     if not prompts:
         raise ValueError("there is nothing to pack: a rank's empty micro-batch has no forward pass")
     row, images = _Row(), _Images(merge_size)
@@ -62,8 +65,13 @@ class _Images:
         self.pixels: list[Tensor] = []
         self.features = 0
 
-    def add(self, prompt: PackedPrompt) -> Tensor:
+    def add(self, prompt: Prompt) -> Tensor:
         """Register the prompt's images; returns the feature index of each of its image tokens, in order."""
+        given = 0 if prompt.pixel_values is None else len(prompt.pixel_values)
+        needed = int(prompt.grids.prod(1).sum())
+        if given != needed or len(prompt.grids) != len(prompt.image_keys):
+            images = f"{len(prompt.image_keys)} image keys, {len(prompt.grids)} grids of {needed} patches"
+            raise ValueError(f"the prompt's images do not agree: {images}, {given} patches in pixel_values")
         index, first_patch = [], 0
         for key, grid in zip(prompt.image_keys, prompt.grids, strict=True):
             patches = int(grid.prod())

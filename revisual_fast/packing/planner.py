@@ -8,13 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush, nsmallest
 
-from revisual_fast.packing.batch import Group, Layout
+from revisual_fast.packing.batch import Group, Layout, check_layout
 from revisual_fast.packing.cost import CostModel
 
 __all__ = ["MicroBatch", "plan_micro_batches"]
-
-FEWER = 3
-"""How many micro-batches fewer than best-fit decreasing needs are tried."""
 
 CLOSE = 1.01
 """The cost of a micro-batch over the mean from which on it tries to give some away."""
@@ -70,6 +67,7 @@ def plan_micro_batches(
     depends on the arguments only. Raises ValueError for a budget or a number of ranks below 1, and for ``padded``,
     whose rows depend on what else is in the micro-batch.
     """
+    check_layout(layout)
     if budget < 1:
         raise ValueError(f"micro_batch_tokens is {budget}: a micro-batch must hold at least one token")
     if ranks < 1:
@@ -133,12 +131,8 @@ def _deal(batches: Sequence[MicroBatch], ranks: int) -> list[list[MicroBatch]]:
 def _fill(items: Sequence[_Item], budget: int, ranks: int) -> list[list[int]]:
     """Indices of ``items`` in as few bins as found, a multiple of ``ranks``, of near-equal cost."""
     packed = _best_fit(items, budget)
-    fewest = -(-sum(item.room for item in items) // budget)
-    for count in range(max(fewest, len(packed) - FEWER), len(packed) + 1):
-        bins = _spread(items, budget, -(-count // ranks) * ranks)
-        if bins is not None:
-            break
-    else:
+    bins = _spread(items, budget, -(-len(packed) // ranks) * ranks)
+    if bins is None:
         bins = packed
         while len(bins) % ranks:
             donor = max(bins, key=lambda members: (len(members) > 1, sum(items[i].cost for i in members)))

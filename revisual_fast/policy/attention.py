@@ -6,7 +6,7 @@ backends, which :func:`pick_attention` chooses once for a policy:
 
 - ``flash``: flash-attn's varlen kernel, if it is installed; ``varlen``: torch's own (``torch.nn.attention.varlen``).
   CUDA, half precision. Keys and values of a shared prompt are gathered in front of each completion's.
-- ``triton``: kernels of this project, which read a shared prompt's keys and values where they lie, once for a group.
+- ``triton``: kernels of this project, which read a shared prompt's keys and values where they lie.
 - ``sdpa``: torch's ``scaled_dot_product_attention`` over rectangles of similar segments. Any device, any dtype.
 
 :class:`KeepingPlan` is for a prefill, and ``DecodePlan`` in ``rollout/hf.py`` for one new token per sequence.

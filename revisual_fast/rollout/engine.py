@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from revisual_fast.packing import PackedPrompt
+from revisual_fast.packing import Prompt
 
 __all__ = ["Engine", "Rollout", "Sampling"]
 
@@ -32,5 +32,5 @@ class Rollout:
 
 
 class Engine(Protocol):
-    def generate(self, prompts: Sequence[PackedPrompt], n: int, sampling: Sampling) -> list[list[Rollout]]:
+    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[list[Rollout]]:
         """``n`` completions for every prompt, in the prompts' order. The same seed gives the same completions."""

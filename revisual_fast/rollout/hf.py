@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from revisual_fast.packing import Group, PackedPrompt, plan_micro_batches
+from revisual_fast.packing import Group, Prompt, plan_micro_batches
 from revisual_fast.policy.attention import KeepingPlan
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import ranged, span
@@ -52,7 +52,7 @@ class HFEngine:
         self.prefill_tokens = prefill_tokens
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[PackedPrompt], n: int, sampling: Sampling) -> list[list[Rollout]]:
+    def generate(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[list[Rollout]]:
         was_training = self.policy.model.training
         self.policy.model.eval()
         generator = torch.Generator(self.policy.device).manual_seed(sampling.seed)
@@ -64,9 +64,9 @@ class HFEngine:
             self.policy.model.train(was_training)
         return rollouts
 
-    def _batches(self, prompts: Sequence[PackedPrompt], n: int, max_tokens: int) -> list[list[PackedPrompt]]:
+    def _batches(self, prompts: Sequence[Prompt], n: int, max_tokens: int) -> list[list[Prompt]]:
         """The prompts, in order, in batches within the budgets."""
-        batches: list[list[PackedPrompt]] = []
+        batches: list[list[Prompt]] = []
         longest = 0
         for prompt in prompts:
             longest = max(longest, len(prompt.ids))
@@ -85,7 +85,7 @@ class _Batch:
     def __init__(
         self,
         engine: HFEngine,
-        prompts: Sequence[PackedPrompt],
+        prompts: Sequence[Prompt],
         n: int,
         sampling: Sampling,
         generator: torch.Generator,
