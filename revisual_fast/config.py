@@ -265,7 +265,7 @@ class TrainConfig(Section):
     max_steps: Positive | None = None
     """Cut every stage after this many steps."""
     micro_batch_tokens: Positive = 16384
-    """Packed tokens per forward and backward pass: what bounds the memory of their activations."""
+    """Packed tokens per forward and backward pass; more only where one prompt and response do not fit."""
     layout: Literal["shared", "varlen"] = "shared"
     """shared: a group's prompt stands in the packed row once; varlen: once per completion, for comparison."""
     max_nonfinite: Positive = 3

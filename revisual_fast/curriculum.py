@@ -20,7 +20,14 @@ from revisual_fast.ops import OPS, resolve_backend
 from revisual_fast.policy.attention import pick_attention
 from revisual_fast.policy.init import build
 from revisual_fast.policy.liger import use_liger
-from revisual_fast.policy.load import check_model_path, export_model, load_policy, pick_device, quiet_transformers
+from revisual_fast.policy.load import (
+    check_model,
+    check_model_path,
+    export_model,
+    load_policy,
+    pick_device,
+    quiet_transformers,
+)
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import ranged, span
 from revisual_fast.rollout.hf import HFEngine
@@ -103,6 +110,9 @@ class Curriculum:
             if isinstance(stage, GRPOConfig):
                 build_objective(stage)
                 build_rewards(name, stage)
+        model, device = self.config.model, pick_device(self.config.model.device)
+        self.attention = pick_attention(model.attention, device, getattr(torch, model.dtype))
+        self.liger = use_liger(model.liger_kernels, device)
         self.records = self._load_data()
         self.run_dir.claim()
         try:
@@ -115,12 +125,12 @@ class Curriculum:
     def _open(self) -> None:
         """Model, checkpoint, telemetry, header."""
         model, path = self.config.model, self.config.start_model
-        pick_device(model.device)
         if model.init is not None and not Path(path).exists():
             for line in build(model.init, path, seed=self.config.run.seed):
                 self.progress.message(line)
         check_model_path(path)
         self.processor = Processor(path, self.config.chat, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
+        self._check_stages()
         telemetry_state = self._restore() if self.resume else None
         self.telemetry = Telemetry(
             self.run_dir.path, self.config.telemetry, self.run_dir.path.name, resume_from=telemetry_state
@@ -129,6 +139,13 @@ class Curriculum:
         for line in self.header:
             self.progress.message(line)
         self._write_run()
+
+    def _check_stages(self) -> None:
+        """Raises ValueError for a model that is not supported, or that a stage cannot train as it says."""
+        check_model(self.config.start_model)
+        for name in self.config.curriculum:
+            if self.config.stages[name].freeze_vision and self.processor.image_token_id is None:
+                raise ValueError(f"stages.{name}.freeze_vision: this model has no vision tower; set it to false")
 
     def _restore(self) -> dict[str, Any] | None:
         """Go back to the newest checkpoint, if there is one; returns telemetry's part of it."""
@@ -171,10 +188,9 @@ class Curriculum:
         lines += [f"data {name}: {len(records)} records" for name, records in self.records.items()]
         lines += [f"bad records ({reason}): {count}" for reason, count in self.bad_records.counts.items()]
         lines.append(f"curriculum: {' -> '.join(self.config.curriculum)}")
-        attention, why = pick_attention(model.attention, pick_device(model.device), getattr(torch, model.dtype))
         lines.append(f"backends: {', '.join(f'{op} {resolve_backend(op)}' for op in OPS)}")
-        lines.append(f"attention: {attention} ({why})")
-        liger, why = use_liger(model.liger_kernels, pick_device(model.device))
+        lines.append("attention: {} ({})".format(*self.attention))
+        liger, why = self.liger
         lines.append(f"liger kernels: {'on' if liger else 'off'} ({why})")
         for name in self.config.curriculum:
             stage = self.config.stages[name]

@@ -11,11 +11,11 @@ from transformers.utils import logging as hf_logging
 
 from revisual_fast.config import LoraConfig, ModelConfig
 from revisual_fast.policy.attention import pick_attention
-from revisual_fast.policy.families import family_for
+from revisual_fast.policy.families import Family, family_for
 from revisual_fast.policy.liger import apply_liger, use_liger
 from revisual_fast.policy.model import Policy
 
-__all__ = ["check_model_path", "export_model", "load_policy", "pick_device", "quiet_transformers"]
+__all__ = ["check_model", "check_model_path", "export_model", "load_policy", "pick_device", "quiet_transformers"]
 
 
 def quiet_transformers() -> None:
@@ -45,6 +45,17 @@ def check_model_path(path: str | Path) -> None:
         raise ValueError(f"model.path: there is no directory {name}")
 
 
+def check_model(path: str | Path) -> type[Family]:
+    """The family of the model at ``path``. Raises ValueError where there is none, or it is not supported."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(f"model.path: no model at {path}: {error}") from None
+    family = family_for(config.model_type)
+    family.check(config)
+    return family
+
+
 def load_policy(path: str | Path, config: ModelConfig, *, adapter: Path | None = None) -> Policy:
     """The model at ``path`` as a policy; with ``config.lora`` wrapped by peft (its weights those of ``adapter``).
 
@@ -55,12 +66,7 @@ def load_policy(path: str | Path, config: ModelConfig, *, adapter: Path | None =
     device = pick_device(config.device)
     with_liger, _ = use_liger(config.liger_kernels, device)  # refuses before gigabytes are read
     pick_attention(config.attention, device, getattr(torch, config.dtype))  # as well
-    try:
-        model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(f"model.path: no model at {path}: {error}") from None
-    family = family_for(model_config.model_type)
-    family.check(model_config)  # as well
+    family = check_model(path)  # as well
     dtype = getattr(torch, config.dtype)
     model: Any = family.loader.from_pretrained(path, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     if config.lora is not None:

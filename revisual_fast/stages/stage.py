@@ -81,6 +81,7 @@ class Stage:
         self.optimizer = Optimizer(self.policy.model.named_parameters(), stage.optimizer, self.policy.family.is_vision)
         self.layout = context.config.train.layout
         self.cost, self.activations = self._estimates()
+        self.largest = 0  # tokens of a micro-batch above the budget
         self.position = 0  # records drawn so far, bad ones included
         self.steps = 0
         self.updates = 0
@@ -171,9 +172,17 @@ class Stage:
         return example
 
     def plan(self, groups: Sequence[Group]) -> list[MicroBatch]:
-        """The micro-batches of ``groups``, each a packed row within ``train.micro_batch_tokens``."""
+        """The micro-batches of ``groups``, each a packed row within ``train.micro_batch_tokens``, but for a completion
+        that does not fit with its prompt; the largest so far is told."""
         budget = self.context.config.train.micro_batch_tokens
         (own,) = plan_micro_batches(groups, budget, cost=self.cost, layout=self.layout)
+        largest = max((micro.tokens for micro in own), default=0)
+        if largest > max(budget, self.largest):
+            self.largest = largest
+            self.context.progress.message(
+                f"{self.context.name}: a prompt with one response takes {largest} tokens, more than "
+                f"train.micro_batch_tokens ({budget}), and is a micro-batch by itself"
+            )
         return own
 
     def apply_gradients(self, loss: float) -> dict[str, float]:

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from revisual_fast.config_file import load_config
 from revisual_fast.curriculum import Curriculum, train
+from revisual_fast.kernels import plan
+from revisual_fast.packing import activation_bytes
 from revisual_fast.rewards import RewardTable
 from revisual_fast.stages import grpo as grpo_module
 from revisual_fast.stages.grpo import GRPOStage, entropy_coefficient
@@ -114,6 +116,32 @@ def test_neither_micro_batches_nor_the_layout_change_the_gradient(small_run, nam
             torch.testing.assert_close(gradient, other[n], rtol=1e-4, atol=1e-6, msg=lambda m, n=n: f"{n}: {m}")
 
 
+def test_a_micro_batch_above_the_budget_is_told_once(small_run, capsys):
+    stage = build_stage(small_run, "warm", "train.micro_batch_tokens=5")
+    for _ in range(2):
+        stage.run_step()
+    told = [line for line in capsys.readouterr().out.splitlines() if "train.micro_batch_tokens (5)" in line]
+    assert len(told) >= 1
+    assert len(set(told)) == len(told), "again only for a larger one"
+
+
+@pytest.mark.parametrize(("mib", "frozen"), [(64, True), (0, True), (64, False)])
+def test_a_stage_estimates_what_it_does(small_run, mib, frozen):
+    settings = [f"model.vision_cache_mib={mib}", f"stages.rl.freeze_vision={str(frozen).lower()}"]
+    stage = build_stage(small_run, "rl", *settings)
+    assert stage.policy.images.capacity == mib * 2**20
+    assert stage.cost.vision_cached == (frozen and mib > 0)
+    assert stage.cost.vision_trained == (not frozen)
+    wanted = activation_bytes(
+        stage.policy.family.shape,
+        dtype_bytes=4,
+        attention="sdpa",
+        vision_trained=not frozen,
+        chunk_bytes=plan.CHUNK_BYTES["cpu"],
+    )
+    assert stage.activations == wanted
+
+
 def test_gradient_checkpointing_recomputes_and_does_not_change_the_gradient(small_run):
     results, runs = [], []
     for on in ("false", "true"):
@@ -211,6 +239,7 @@ def test_non_finite_gradients_are_skipped_then_stop_the_run(small_run, tmp_path,
         ("data.digits.args={sise: 64}", "data.digits.args"),
         ("model.device=gpu", "model.device: 'gpu' is no device"),
         ("model.path=no/such/model", "model.path: there is no directory no/such/model"),
+        ("model.attention=varlen", "model.attention: varlen is made for CUDA, the model is on cpu; set it to auto"),
     ],
 )
 def test_a_mistake_in_a_later_stage_stops_the_run_before_it_starts(small_run, tmp_path, override, message):
@@ -295,6 +324,10 @@ def test_a_text_only_model_goes_through_both_kinds_of_stage(tmp_path, tiny_vl, m
     model.generation_config.eos_token_id = model.config.eos_token_id
     model.save_pretrained(tmp_path / "text")
     AutoTokenizer.from_pretrained(tiny_vl).save_pretrained(tmp_path / "text")
+    frozen = ["stages.rl.data=[text]", "evaluation={}", "stages.rl.freeze_vision=true"]
+    with pytest.raises(ValueError, match=r"stages\.rl\.freeze_vision: this model has no vision tower; set it to false"):
+        train(load_config(write_small_run(tmp_path, tmp_path / "text"), frozen))
+    assert not (tmp_path / "run").exists()
     text_only = ["stages.rl.data=[text]", "evaluation={}", "train.max_steps=2", "stages.rl.freeze_vision=false"]
     config = load_config(write_small_run(tmp_path, tmp_path / "text"), text_only)
     train(config)

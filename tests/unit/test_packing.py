@@ -1,4 +1,4 @@
-"""Packed rows: what lies where in each layout, and what is refused. Parity with transformers, and leaks: test_parity.py."""
+"""Packed rows: what lies where in each layout, and what is refused. Parity and leaks: test_parity.py."""
 
 import itertools
 
