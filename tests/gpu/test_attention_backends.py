@@ -18,7 +18,7 @@ SHAPES = [(1450, [500, 350, 1, 2, 499]), (3, [40]), (700, [300] * 4), (64, [])]
 
 
 def runnable(backend: str) -> object:
-    problem = attention_problem(backend, CUDA, torch.bfloat16)
+    problem = attention_problem(backend, CUDA, torch.bfloat16) if torch.cuda.is_available() else None
     return pytest.param(backend, marks=pytest.mark.skipif(problem is not None, reason=f"{backend} is {problem}"))
 
 
