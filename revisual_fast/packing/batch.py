@@ -14,16 +14,14 @@ from torch import Tensor
 __all__ = ["Group", "Layout", "PackedBatch", "Prompt", "Segments"]
 
 Layout = Literal["shared", "varlen", "padded"]
+ON_HOST = ("cu_seqlens", "grids")
+"""What :meth:`PackedBatch.to` leaves where it is."""
 
 
 def check_layout(layout: str) -> None:
     """Raises ValueError for a layout that there is not."""
     if layout not in get_args(Layout):
         raise ValueError(f"layout {layout!r} is unknown; it is one of {', '.join(get_args(Layout))}")
-
-
-ON_HOST = ("cu_seqlens", "grids")
-"""What :meth:`PackedBatch.to` leaves where it is."""
 
 
 @dataclass
@@ -71,6 +69,11 @@ class Segments:
     prefix_length: tuple[int, ...]
 
     @property
+    def fields(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """start, length, prefix_start, prefix_length."""
+        return self.start, self.length, self.prefix_start, self.prefix_length
+
+    @property
     def keys(self) -> tuple[int, ...]:
         """[B]: how many keys each segment attends to."""
         return tuple(p + n for p, n in zip(self.prefix_length, self.length, strict=True))
@@ -88,7 +91,7 @@ class Segments:
     @cached_property
     def key_rows(self) -> Tensor:
         """[L] int64: the packed row of every segment's keys, one segment after the other."""
-        fields = zip(self.start, self.length, self.prefix_start, self.prefix_length, strict=True)
+        fields = zip(*self.fields, strict=True)
         parts = [x for s, n, p, k in fields for x in (torch.arange(p, p + k), torch.arange(s, s + n))]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
 

@@ -185,8 +185,7 @@ class SharedPrefixPlan:
     """Attention by the kernels of :mod:`revisual_fast.kernels.shared_attention`: nothing is gathered."""
 
     def __init__(self, segments: Segments, device: torch.device):
-        fields = (segments.start, segments.length, segments.prefix_start, segments.prefix_length)
-        self.tiles = AttentionTiles.of(*fields, device)
+        self.tiles = AttentionTiles.of(*segments.fields, device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))

@@ -38,7 +38,7 @@ class Policy:
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
         self.family: Family = family_for(self.base.config.model_type)(self.base)
         self.family.text.config._attn_implementation = NAME
-        self.attention, self.attention_why = pick_attention(attention, self.device, self.head_weight.dtype)
+        self.attention, _ = pick_attention(attention, self.device, self.head_weight.dtype)
         self.images = VisionCache(cache_bytes)
 
     @property

@@ -106,8 +106,8 @@ def _similar(segments: Segments) -> list[list[int]]:
 
 
 def _bucket(segments: Segments, members: list[int], dtype: torch.dtype, device: torch.device) -> _Bucket:
-    fields = (segments.start, segments.length, segments.prefix_start, segments.prefix_length)
-    start, length, prefix_start, prefix = (torch.tensor([field[i] for i in members])[:, None] for field in fields)
+    chosen = (torch.tensor([field[i] for i in members])[:, None] for field in segments.fields)
+    start, length, prefix_start, prefix = chosen
     n_queries, n_keys = int(length.max()), int((prefix + length).max())
     q, k = torch.arange(n_queries)[None], torch.arange(n_keys)[None]  # [1, Lq], [1, Lk]
     query_index = torch.where(q < length, start + q, 0)
