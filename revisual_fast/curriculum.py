@@ -30,12 +30,15 @@ from revisual_fast.policy.load import (
 )
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import ranged, span
-from revisual_fast.rollout.hf import HFEngine
+from revisual_fast.rollout.build import EngineRoom
+from revisual_fast.rollout.engine import EngineError
+from revisual_fast.rollout.session import EngineSession
 from revisual_fast.run_dir import RunDir
 from revisual_fast.seeds import seed_for
-from revisual_fast.stages.grpo import GRPOStage, build_objective, build_rewards
+from revisual_fast.stages.grpo import GRPOStage, build_rewards
 from revisual_fast.stages.sft import SFTStage
 from revisual_fast.stages.stage import NonFiniteError, Stage, StageContext
+from revisual_fast.stages.updates import build_objective
 from revisual_fast.stop import StopRequest
 from revisual_fast.telemetry import Progress, Telemetry, write_report
 from revisual_fast.telemetry.report import START
@@ -76,12 +79,15 @@ class Curriculum:
         self.resumed_from: Path | None = None
         self.stage_state: dict[str, Any] | None = None  # of the stage that the checkpoint was written in
         self.telemetry: Telemetry | None = None
+        self.room: EngineRoom | None = None
 
     def __enter__(self) -> Curriculum:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.progress.close()
+        if self.room is not None:
+            self.room.close()
         if self.telemetry is not None:
             self.telemetry.close()
 
@@ -131,6 +137,8 @@ class Curriculum:
         check_model_path(path)
         self.processor = Processor(path, self.config.chat, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
         self._check_stages()
+        every = [record for records in self.records.values() for record in records]
+        self.room = EngineRoom(self.config, self.processor, every, self.run_dir.path / "vllm.log")
         telemetry_state = self._restore() if self.resume else None
         self.telemetry = Telemetry(
             self.run_dir.path, self.config.telemetry, self.run_dir.path.name, resume_from=telemetry_state
@@ -153,7 +161,7 @@ class Curriculum:
         self.resumed_from = self.checkpoints.latest()
         if self.resumed_from is None:
             return None
-        self.optimizer_tensors, saved = self.checkpoints.load(self.resumed_from)
+        self.tensors, saved = self.checkpoints.load(self.resumed_from)
         self.state, self.stage_state = saved["run"], saved["stage"]
         self.bad_records.load_state_dict(saved["bad_records"])
         begun = self.state["stage"] + (self.stage_state is not None)
@@ -190,6 +198,8 @@ class Curriculum:
         lines.append(f"curriculum: {' -> '.join(self.config.curriculum)}")
         lines.append(f"backends: {', '.join(f'{op} {resolve_backend(op)}' for op in OPS)}")
         lines.append("attention: {} ({})".format(*self.attention))
+        assert self.room is not None
+        lines.append(self.room.describe())
         liger, why = self.liger
         lines.append(f"liger kernels: {'on' if liger else 'off'} ({why})")
         for name in self.config.curriculum:
@@ -238,7 +248,7 @@ class Curriculum:
         before = stage.state_dict()
         try:
             metrics = stage.run_step()
-        except BadRecordError as error:
+        except (BadRecordError, EngineError) as error:
             stage.load_state_dict(before)
             path = self._save(stage.policy, stage)
             raise ValueError(f"{error}\nsaved {path}; continue with --resume") from None
@@ -255,6 +265,7 @@ class Curriculum:
             self._store_sample(place, stage)
         every = self.config.evaluation.every
         if every is not None and stage.steps % every == 0:
+            stage.settle()  # the engine does one thing at a time
             self._evaluate(stage.policy, name, stage.steps, "validation")
 
     def _store_sample(self, place: dict[str, Any], stage: GRPOStage) -> None:
@@ -267,10 +278,11 @@ class Curriculum:
 
     def _evaluate(self, policy: Policy, stage: str, step: int, kind: str) -> None:
         assert self.telemetry is not None
-        engine = self._engine(policy)
+        session = self._session(policy)
         for name, dataset in getattr(self.config.evaluation, kind).items():
             self.progress.phase(f"evaluate {name}")
-            result = evaluate(self.records[dataset], self.config, engine, self.processor, self.bad_records)
+            with session.use(policy, step) as engine:
+                result = evaluate(self.records[dataset], self.config, engine, self.processor, self.bad_records)
             place = {"stage": stage, "step": step, "global_step": self.state["global_step"]}
             self.telemetry.evaluation({**place, "kind": kind, "name": name, **result})
             if kind == "heldout":
@@ -290,12 +302,11 @@ class Curriculum:
         context = StageContext(name, self.config, policy, self.processor, records, self.bad_records, self.progress)
         built: Stage
         if isinstance(stage, GRPOConfig):
-            built = GRPOStage(context, stage, self._engine(policy), self._reference(stage, source, policy))
+            built = GRPOStage(context, stage, self._session(policy), self._reference(stage, source, policy))
         else:
             built = SFTStage(context, stage)
         if midway is not None:
-            built.load_state_dict(midway)
-            built.optimizer.load_state_tensors(self.optimizer_tensors)
+            built.load_saved(midway, self.tensors)
         self.stage_state = None  # later stages start at their beginning
         return built
 
@@ -317,14 +328,9 @@ class Curriculum:
         reference.model.requires_grad_(False)
         return reference
 
-    def _engine(self, policy: Policy) -> HFEngine:
-        return HFEngine(
-            policy,
-            self.processor.eos_token_ids,
-            max_batch=self.config.rollout.max_batch,
-            max_cached_tokens=self.config.rollout.max_cached_tokens,
-            prefill_tokens=self.config.train.micro_batch_tokens,
-        )
+    def _session(self, policy: Policy) -> EngineSession:
+        assert self.room is not None
+        return self.room.session(policy)
 
     @ranged("export")
     def _export(self, policy: Policy, folder: Path) -> None:
@@ -345,14 +351,14 @@ class Curriculum:
                 self.processor.save(folder)
 
         self.progress.phase("checkpoint")
+        place, tensors = stage.saved() if stage is not None else (None, {})
         state = {
             "run": self.state,
             "curriculum": self.config.curriculum,
-            "stage": stage.state_dict() if stage is not None else None,
+            "stage": place,
             "telemetry": self.telemetry.state_dict(),
             "bad_records": self.bad_records.state_dict(),
         }
-        tensors = stage.optimizer.state_tensors() if stage is not None else {}
         path = self.checkpoints.save(self.state["global_step"], save_model, tensors, state)
         self._write_run()
         return path

@@ -1,6 +1,7 @@
 """What this machine has and what it lacks: versions, devices, the backend of each op, and the commands that help.
 
-Only the standard library is imported at the top, so that the doctor works where the dependencies are missing or broken.
+At the top only that is imported which needs nothing but the standard library, so that the doctor works where the
+dependencies are missing or broken.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from revisual_fast import rollout
 
 __all__ = ["Check", "device_name", "doctor_lines", "examine", "run_doctor", "versions"]
 
@@ -179,7 +182,17 @@ def _optional() -> list[Check]:
     for name, purpose in OPTIONAL.items():
         check = _package("optional", ranges.get(name, Requirement(name, "", "")), "absent")
         checks.append(Check(check.section, name, check.status, f"{check.detail} ({purpose})", check.fix))
-    return [*checks, _nvcc()]
+    return [*checks, _vllm(), _nvcc()]
+
+
+def _vllm() -> Check:
+    """Whether it is there, and new enough; its distributions have several names."""
+    problem, purpose = rollout.vllm_problem(), "rollouts on vLLM"
+    least = ".".join(map(str, rollout.VLLM_LEAST))
+    if problem:
+        detail = f"{problem.removeprefix('vllm ').removeprefix('is ')}, needs >={least} ({purpose})"
+        return Check("optional", "vllm", "absent", detail, rollout.INSTALL)
+    return Check("optional", "vllm", "ok", f"{rollout.vllm_version()}, needs >={least} ({purpose})")
 
 
 def _package(section: str, requirement: Requirement, otherwise: Status) -> Check:
@@ -219,9 +232,21 @@ def _backends() -> list[Check]:
     return [
         *(_backend(name, ops.available_backends(name)) for name in ops.OPS),
         _backend("attention", attention.available_backends()),
+        _rollouts(),
         _liger(),
         _cuda_kernels(),
     ]
+
+
+def _rollouts() -> Check:
+    """What ``rollout.engine: auto`` gives on the default device."""
+    config = importlib.import_module("revisual_fast.config")
+    device = importlib.import_module("revisual_fast.policy.load").pick_device("auto")
+    engine, why = rollout.pick_engine(config.RolloutConfig(), device)
+    lacking = device.type == "cuda" and engine == "embedded"
+    return Check(
+        "backends", "rollouts", "absent" if lacking else "ok", f"{engine}: {why}", rollout.INSTALL if lacking else ""
+    )
 
 
 def _cuda_kernels() -> Check:

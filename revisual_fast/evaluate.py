@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from revisual_fast.config import Config, RewardConfig
@@ -11,8 +13,8 @@ from revisual_fast.data.records import BadRecords, Record, load_dataset
 from revisual_fast.policy.load import load_policy
 from revisual_fast.ranges import ranged
 from revisual_fast.rewards import Completion, Rewards
-from revisual_fast.rollout.engine import Engine, Sampling
-from revisual_fast.rollout.hf import HFEngine
+from revisual_fast.rollout.build import EngineRoom
+from revisual_fast.rollout.engine import Engine, EngineError, RequestError, Sampling
 
 __all__ = ["evaluate", "evaluate_model"]
 
@@ -52,7 +54,10 @@ def evaluate(
 
 
 def _answer(examples: list[Example], limit: int, engine: Engine, processor: Processor) -> list[Completion]:
-    rollouts = engine.generate([e.prompt for e in examples], 1, Sampling(max_tokens=limit, temperature=0))
+    try:
+        rollouts = engine.generate([e.prompt for e in examples], 1, Sampling(max_tokens=limit, temperature=0))
+    except RequestError as error:
+        raise EngineError(f"{examples[error.index].record.source}: {error.reason}") from error
     return [
         Completion(processor.decode(r.ids), len(r.ids), r.finished, e.record)
         for e, (r,) in zip(examples, rollouts, strict=True)
@@ -68,17 +73,15 @@ def evaluate_model(config: Config, path: str) -> dict[str, dict[str, Any]]:
         raise ValueError("evaluation.heldout is empty: name the datasets to evaluate on")
     policy = load_policy(path, config.model)
     processor = Processor(path, config.chat, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
-    engine = HFEngine(
-        policy,
-        processor.eos_token_ids,
-        max_batch=config.rollout.max_batch,
-        max_cached_tokens=config.rollout.max_cached_tokens,
-        prefill_tokens=config.train.micro_batch_tokens,
-    )
-    results = {}
+    records, bad = {}, {}
     for name, dataset in config.evaluation.heldout.items():
-        bad = BadRecords()
-        records = load_dataset(dataset, config.data[dataset], bad)
-        result = evaluate(records, config, engine, processor, bad)
-        results[name] = {**result, "bad_records": bad.counts}
+        bad[name] = BadRecords()
+        records[name] = load_dataset(dataset, config.data[dataset], bad[name])
+    every = [record for part in records.values() for record in part]
+    results = {}
+    with TemporaryDirectory() as folder, EngineRoom(config, processor, every, Path(folder) / "vllm.log") as room:
+        for name in records:
+            with room.session(policy).use(policy, 0) as engine:
+                result = evaluate(records[name], config, engine, processor, bad[name])
+            results[name] = {**result, "bad_records": bad[name].counts}
     return results

@@ -13,6 +13,7 @@ from revisual_fast.config import LoraConfig, ModelConfig
 from revisual_fast.policy.attention import pick_attention
 from revisual_fast.policy.families import Family, family_for
 from revisual_fast.policy.liger import apply_liger, use_liger
+from revisual_fast.policy.merged import plain_weights
 from revisual_fast.policy.model import Policy
 
 __all__ = ["check_model", "check_model_path", "export_model", "load_policy", "pick_device", "quiet_transformers"]
@@ -108,9 +109,5 @@ def export_model(policy: Policy, folder: Path) -> None:
         base.save_pretrained(folder)
         return
     weights = {n.replace(".base_layer.", "."): w for n, w in base.state_dict().items() if ".lora_" not in n}
-    for name, module in base.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            weight = weights[f"{name}.weight"]
-            merged = weight.float() + module.get_delta_weight("default").float()
-            weights[f"{name}.weight"] = merged.to(weight.dtype)
+    weights |= {weight.name: weight.value() for weight in plain_weights(base) if weight.adapter is not None}
     base.save_pretrained(folder, state_dict=weights)

@@ -6,7 +6,7 @@ The vision tower runs once per distinct image of the batch; a frozen one not eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,7 @@ class Policy:
         self.family.text.config._attn_implementation = NAME
         self.attention, _ = pick_attention(attention, self.device, self.head_weight.dtype)
         self.images = VisionCache(cache_bytes)
+        self._again: dict[str, Tensor | None] = {}  # images that a trained tower will see again, before its next update
 
     @property
     def device(self) -> torch.device:
@@ -122,9 +123,29 @@ class Policy:
         assert self.family.visual is not None
         if self.vision_trained:
             self.images.clear()  # should it be frozen later, its weights may have changed unseen
-            return self._encode(batch, range(len(batch.image_keys)))
+            return self._encode_once(batch) if self._again else self._encode(batch, range(len(batch.image_keys)))
         with torch.no_grad():
             return self.images.features(self.family.visual, batch.image_keys, lambda i: self._encode(batch, [i]))
+
+    @contextmanager
+    def keeping_images(self, keys: Iterable[str]) -> Iterator[None]:
+        """Inside, nothing is trained: the images ``keys`` are encoded once, though the tower may not be frozen."""
+        self._again = dict.fromkeys(keys)
+        try:
+            yield
+        finally:
+            self._again = {}
+
+    def _encode_once(self, batch: PackedBatch) -> Tensor:
+        """The features of the batch's images, without those that are known from an earlier batch."""
+        known = {key: features for key in batch.image_keys if (features := self._again.get(key)) is not None}
+        new = [i for i, key in enumerate(batch.image_keys) if key not in known]
+        if new:
+            sizes = (batch.grids[new].prod(1) // self.family.merge_size**2).tolist()
+            made = dict(zip((batch.image_keys[i] for i in new), self._encode(batch, new).split(sizes), strict=True))
+            self._again |= {key: features.clone() for key, features in made.items() if key in self._again}
+            known |= made
+        return torch.cat([known[key] for key in batch.image_keys])
 
     @ranged("vision tower")
     def _encode(self, batch: PackedBatch, images: Sequence[int]) -> Tensor:

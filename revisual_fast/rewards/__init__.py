@@ -41,6 +41,12 @@ class RewardTable:
     accuracy: Tensor
     """[N] fp32: the component ``accuracy``, not weighted."""
 
+    @classmethod
+    def joined(cls, tables: Sequence[RewardTable]) -> RewardTable:
+        """One table for the completions of all ``tables`` (at least one), in order."""
+        components = {name: torch.cat([t.components[name] for t in tables]) for name in tables[0].components}
+        return cls(components, torch.cat([t.total for t in tables]), torch.cat([t.accuracy for t in tables]))
+
 
 class Rewards:
     """The rewards of a stage.

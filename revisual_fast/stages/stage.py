@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from revisual_fast.config import Config, SFTConfig, StageBase
 from revisual_fast.data.processor import Example, Processor
@@ -47,20 +50,33 @@ class StageContext:
 
 @dataclass
 class Stopwatch:
-    """Seconds per phase of one step; each phase is also a range for profilers."""
+    """Seconds and memory per phase of one step; each phase is also a range for profilers."""
 
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes: on CUDA the most that torch had allocated, else what this process holds (Linux only)."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self.progress.phase(phase)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         with span(phase):
             yield
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        held = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_bytes()
+        if held is not None:
+            self.memory[phase] = max(held, self.memory.get(phase, 0))
+
+
+def resident_bytes() -> int | None:
+    """What this process holds in memory, where the kernel tells (Linux)."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else None
 
 
 class Stage:
@@ -129,13 +145,14 @@ class Stage:
             metrics = self.step(clock)
         self.steps += 1
         metrics |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
+        metrics |= {f"memory/{phase}": held / 2**30 for phase, held in clock.memory.items()}
         metrics["time/step"] = time.perf_counter() - start
         metrics["updates/skipped"] = self.skipped
         return metrics
 
-    def seed(self, purpose: str) -> int:
-        """The seed of ``purpose`` in the current step."""
-        return seed_for(self.context.config.run.seed, self.context.name, self.steps, purpose)
+    def seed(self, purpose: str, step: int | None = None) -> int:
+        """The seed of ``purpose`` in the current step, or another."""
+        return seed_for(self.context.config.run.seed, self.context.name, self.steps if step is None else step, purpose)
 
     def draw(self, count: int) -> list[Example]:
         """The next ``count`` usable examples in sampling order; bad records are handled as configured."""
@@ -215,3 +232,16 @@ class Stage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+    def settle(self) -> None:
+        """Wait for whatever is under way beside the step, so that engine and place are at rest."""
+
+    def saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that a checkpoint needs besides the model."""
+        self.settle()
+        return self.state_dict(), self.optimizer.state_tensors()
+
+    def load_saved(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Continue from what :meth:`saved` gave."""
+        self.load_state_dict(state)
+        self.optimizer.load_state_tensors(tensors)

@@ -208,6 +208,12 @@ def _draw_throughput(axes: Axes, metrics: Records, evaluations: Records) -> bool
     return any(drawn)
 
 
+def _draw_mismatch(axes: Axes, metrics: Records, evaluations: Records) -> bool:
+    _curve(axes, metrics, "mismatch/p99", "99 of 100 below", COLOURS[1], width=1.2)
+    _curve(axes, metrics, "mismatch/p01", "99 of 100 above", COLOURS[2], width=1.2)
+    return _curve(axes, metrics, "mismatch/mean", "mean", COLOURS[0])
+
+
 def _draw_loss(axes: Axes, metrics: Records, evaluations: Records) -> bool:
     return _curve(axes, [r for r in metrics if "reward/total" not in r], "loss", "loss", COLOURS[0])
 
@@ -229,6 +235,7 @@ _FIGURES: dict[str, tuple[str, str, Callable[[Axes, Records, Records], bool]]] =
     "entropy": ("Entropy", "nats per token", _single("policy/entropy", COLOURS[3])),
     "length": ("Response length", "mean tokens", _single("response/length_mean", COLOURS[4])),
     "throughput": ("Throughput", "tokens per second", _draw_throughput),
+    "mismatch": ("Trainer against engine", "log-prob of sampled tokens, trainer minus engine, nats", _draw_mismatch),
     "grad_norm": ("Gradient norm", "before clipping", _single("optim/grad_norm", COLOURS[6])),
     "loss": ("Cross-entropy", "supervised stages, nats per token", _draw_loss),
 }

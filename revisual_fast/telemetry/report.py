@@ -122,7 +122,8 @@ def _tokens_per_second(steps: Sequence[Record]) -> dict[str, float]:
     """Phase -> all tokens over all seconds of that phase, for the phases that the steps have."""
     rates = {}
     for phase in _PHASES:
-        pairs = [(s.get(f"throughput/{phase}"), s.get(f"time/{phase}")) for s in steps]
+        spent = "generation" if phase == "rollout" else phase  # a step may wait for less than was generated, or more
+        pairs = [(s.get(f"throughput/{phase}"), s.get(f"time/{spent}")) for s in steps]
         known = [(rate, seconds) for rate, seconds in pairs if rate is not None and seconds]
         if known:
             rates[phase] = sum(rate * seconds for rate, seconds in known) / sum(seconds for _, seconds in known)

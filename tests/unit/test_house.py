@@ -1,6 +1,9 @@
 """The layout: who may import whom, and names that must not be taken."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,13 +12,18 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [p for p in [*ROOT.glob("revisual_fast/**/*.py"), *ROOT.glob("kernels/*.py")] if p.is_file()]
 ORDER = ["kernels", "library", "ops", "policy", "stages", "curriculum", "cli"]
 LEAVES = {"config", "packing", "losses", "advantages", "ranges"}
-HEAVY = {"transformers": {"policy", "data", "rollout/hf.py"}, "vllm": {"rollout/vllm.py"}}
+HEAVY = {"transformers": {"policy", "data"}, "vllm": {"rollout/vllm"}}
 
 
 def room(path: Path) -> str:
     """The first part of a module's place in the package: ``stages/grpo.py`` -> ``stages``."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return parts[1] if parts[0] == "revisual_fast" else parts[0]
+
+
+def place(path: Path) -> Path:
+    """``revisual_fast/rollout/hf.py`` -> ``rollout/hf.py``."""
+    return path.relative_to(ROOT / "revisual_fast" if path.is_relative_to(ROOT / "revisual_fast") else ROOT)
 
 
 def imports(path: Path) -> set[str]:
@@ -42,7 +50,7 @@ def test_imports_go_one_way(path):
         later = set(ORDER[ORDER.index(here) + 1 :])
         assert not used & later, f"{here} must not import {used & later}"
     for library, homes in HEAVY.items():
-        inside = {here, f"{here}/{path.name}"} & homes
+        inside = homes & {str(p) for p in (place(path), *place(path).parents)}
         uses = any(name == library or name.startswith(f"{library}.") for name in imports(path))
         assert not uses or inside, f"{library} belongs in {sorted(homes)}"
     names = {name.split(".")[0] for name in imports(path)}
@@ -51,7 +59,20 @@ def test_imports_go_one_way(path):
 
 
 def test_the_configuration_needs_no_torch():
-    assert not {n.split(".")[0] for n in imports(ROOT / "revisual_fast/config.py")} & {"torch", "transformers", "numpy"}
+    for path in (ROOT / "revisual_fast/config").glob("*.py"):
+        assert not {n.split(".")[0] for n in imports(path)} & {"torch", "transformers", "numpy"}
+
+
+def test_the_trainer_does_not_import_vllm(tmp_path):
+    """It takes seconds and a device's memory: vllm runs in a process of its own."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()  # there to be found
+    modules = ["curriculum", "rollout.build", *(f"rollout.vllm.{name}" for name in ("process", "server", "transfer"))]
+    code = "".join(f"import revisual_fast.{name}\n" for name in modules)
+    code += "import importlib.util, sys\nassert importlib.util.find_spec('vllm')\nassert 'vllm' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_kernels_are_found_through_the_package_and_only_there():

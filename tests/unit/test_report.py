@@ -36,7 +36,7 @@ def grpo_step(number: int) -> dict[str, Any]:
     shares = {"reward/total": 0.1 * number, "reward/accuracy": 0.1 * number, "reward/format": 0.9}
     stagnation = {"stagnation/accuracy": 0.5, "stagnation/reward": 0.25}
     others = {"policy/entropy": None if number == 2 else 0.5, "response/length_mean": 20.0, "loss": 0.0}
-    speed = {"throughput/rollout": 100.0 * number, "time/rollout": float(number), "time/step": 2.0}
+    speed = {"throughput/rollout": 100.0 * number, "time/generation": float(number), "time/step": 2.0}
     return {"stage": "mrl", "step": number, "global_step": 3 + number, **shares, **stagnation, **others, **speed}
 
 

@@ -1,0 +1,140 @@
+"""The engine of a run, from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from revisual_fast.config import Config, GRPOConfig
+from revisual_fast.data.processor import Processor
+from revisual_fast.data.records import Record
+from revisual_fast.policy.load import pick_device
+from revisual_fast.policy.model import Policy
+from revisual_fast.rollout import pick_engine
+from revisual_fast.rollout.engine import Engine
+from revisual_fast.rollout.hf import HFEngine
+from revisual_fast.rollout.messages import EngineSettings
+from revisual_fast.rollout.session import EngineSession
+
+__all__ = ["EngineRoom", "engine_settings", "transfer_kind"]
+
+
+class EngineRoom:
+    """The engine that a run's stages and evaluations take turns to use.
+
+    vllm is started when it is first needed and lives until :meth:`close`; the embedded engine is part of a policy and
+    goes with it. ``records`` are all that will be asked about, ``log`` is where vllm's output goes.
+    """
+
+    def __init__(self, config: Config, processor: Processor, records: Iterable[Record], log: Path):
+        self.config, self.processor, self.log = config, processor, log
+        self.device = pick_device(config.model.device)
+        self.kind, self.why = pick_engine(config.rollout, self.device)
+        self.images = max((len(record.images) for record in records), default=0)
+        self._session: EngineSession | None = None
+
+    def __enter__(self) -> EngineRoom:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def describe(self) -> str:
+        """A line for the run's header."""
+        rollout = self.config.rollout
+        if self.kind == "embedded":
+            return f"rollouts: embedded ({self.why})"
+        place = f"server {rollout.url}" if rollout.url else f"own process, {rollout.tensor_parallel} device(s)"
+        sleep = f"sleep {level}" if (level := self._sleep_level()) else "always awake"
+        kind = transfer_kind(self.config, self.device)
+        ahead = ", one step ahead" if rollout.async_ == "one_step" else ""
+        return f"rollouts: vllm ({self.why}; {place}; weights by {kind}; {sleep}{ahead})"
+
+    def session(self, policy: Policy) -> EngineSession:
+        """The engine for ``policy``; it gets the weights when it is used."""
+        if self.kind == "embedded":
+            engine = HFEngine(
+                policy,
+                self.processor.eos_token_ids,
+                max_batch=self.config.rollout.max_batch,
+                max_cached_tokens=self.config.rollout.max_cached_tokens,
+                prefill_tokens=self.config.train.micro_batch_tokens,
+            )
+            return EngineSession(engine)
+        if self._session is None:
+            self._session = EngineSession(self._vllm(), self._sleep_level())
+        return self._session
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.engine.close()
+            self._session = None
+
+    def _sleep_level(self) -> int:
+        rollout = self.config.rollout
+        if rollout.sleep == "auto":
+            shared = self.device.type == "cuda" and rollout.url is None
+            return int(shared and rollout.async_ == "off")
+        return 0 if rollout.sleep == "off" else int(rollout.sleep)
+
+    def _vllm(self) -> Engine:
+        from revisual_fast.rollout.remote import RemoteEngine
+        from revisual_fast.rollout.vllm.process import ProcessConnection
+        from revisual_fast.rollout.vllm.server import ServerConnection
+        from revisual_fast.rollout.vllm.transfer import make_sender
+
+        rollout = self.config.rollout
+        settings = engine_settings(self.config, self.device, self.images)
+        start, stall = rollout.start_seconds, rollout.stall_seconds
+        if rollout.url is None:
+            connection = ProcessConnection(settings, log=self.log, start_seconds=start, stall_seconds=stall)
+        else:
+            tokenizer = self.processor.tokenizer
+            connection = ServerConnection(rollout.url, tokenizer=tokenizer, start_seconds=start, stall_seconds=stall)
+        bucket = rollout.bucket_mib * 2**20
+        sender = make_sender(settings.transfer, connection, bucket_bytes=bucket, device=self.device)
+        return RemoteEngine(
+            connection,
+            sender,
+            max_restarts=rollout.max_restarts,
+            request_retries=rollout.request_retries,
+            check_weights=rollout.check_weights,
+        )
+
+
+def transfer_kind(config: Config, device: torch.device) -> str:
+    """How weights reach vllm: "ipc", "nccl" or "host"."""
+    rollout = config.rollout
+    if rollout.transfer != "auto":
+        return rollout.transfer
+    if device.type != "cuda" or (rollout.url is None and rollout.tensor_parallel > 1):
+        return "host"
+    return "ipc" if rollout.url is None else "nccl"
+
+
+def engine_settings(config: Config, device: torch.device, images: int) -> EngineSettings:
+    """What vllm is started with: large enough for every stage's prompts and responses, and for evaluation's."""
+    rollout, model = config.rollout, config.model
+    stages = [config.stages[name] for name in config.curriculum]
+    training = [stage for stage in stages if isinstance(stage, GRPOConfig)]
+    longest_prompt = max(stage.max_prompt_tokens for stage in stages)
+    evaluated = bool(config.evaluation.heldout or config.evaluation.validation)
+    lengths = [stage.max_prompt_tokens + stage.max_response_tokens for stage in training]
+    lengths += [longest_prompt + config.evaluation.max_response_tokens] if evaluated else []
+    truncated = [s.sampling for s in training if s.sampling.top_p < 1 or s.sampling.top_k > 0]
+    return EngineSettings(
+        model=config.start_model,
+        dtype=model.dtype,
+        device=str(device),
+        max_model_len=max(lengths, default=longest_prompt),
+        max_batch=rollout.max_batch,
+        tensor_parallel=rollout.tensor_parallel,
+        memory_share=rollout.memory_share,
+        sleep=rollout.sleep != "off" and device.type == "cuda",
+        masks=any(sampling.replay == "mask" for sampling in truncated),
+        transfer=transfer_kind(config, device),  # type: ignore[arg-type]
+        readable_weights=rollout.check_weights,
+        images=images,
+    )

@@ -1,0 +1,220 @@
+"""The optimizer updates of a GRPO step: packed forward -> fused loss -> update.
+
+Nothing is computed that cannot change the gradient: sequences with zero advantage are gone before the first forward
+pass (without KL and entropy terms), old log-probs are computed only for updates that are not on-policy, and not at all
+where the engine's are taken, reference log-probs only where the KL coefficient is not 0.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revisual_fast.config import EntropyConfig, GRPOConfig
+from revisual_fast.data.processor import Example
+from revisual_fast.losses import PolicyObjective, TokenBatch, aggregation_weights
+from revisual_fast.ops import linear_logprob, linear_policy_loss
+from revisual_fast.packing import Group, PackedBatch
+from revisual_fast.policy.model import Policy
+from revisual_fast.ranges import span
+from revisual_fast.rollout.engine import Rollout
+from revisual_fast.stages.stage import Stage, StageContext
+
+__all__ = ["PolicyStage", "Sequence", "build_objective", "entropy_coefficient"]
+
+
+def entropy_coefficient(config: EntropyConfig, update: int) -> float:
+    """0 while ``update`` < warmup, then start * decay^(update - warmup), not below the floor."""
+    if update < config.warmup:
+        return 0.0
+    return max(config.floor, config.start * config.decay ** (update - config.warmup))
+
+
+@dataclass
+class Sequence:
+    """One completion on its way through the step."""
+
+    example: Example
+    rollout: Rollout
+    advantage: float
+    weight: float = 0.0  # of each of its tokens in the loss
+    old_logp: Tensor | None = None  # [C] on the CPU
+    ref_logp: Tensor | None = None
+
+
+class PolicyStage(Stage):
+    """A stage that trains on sequences with an advantage.
+
+    ``reference`` is the frozen policy of the KL term, needed (and only then given) where ``kl_coef`` is not 0.
+    """
+
+    def __init__(self, context: StageContext, stage: GRPOConfig, reference: Policy | None):
+        update_batch = stage.update_batch or stage.rollout_batch
+        self.n_updates = stage.rollout_batch // update_batch
+        super().__init__(context, stage, batch=stage.rollout_batch, updates_per_step=self.n_updates)
+        self.grpo = stage
+        self.reference = reference
+        self.objective = build_objective(stage)
+        self.policy.without_dropout()
+        if self.objective.kl_coef and reference is None:
+            raise ValueError(f"stages.{context.name}: kl_coef is not 0, so a reference policy is needed")
+        self.differences: list[Tensor] = []  # trainer - engine log-probs of this step's tokens
+
+    def _updates(self, sequences: list[Sequence]) -> dict[str, Any]:
+        """The step's optimizer updates, each over its share of the kept sequences."""
+        size = max(1, math.ceil(len(sequences) / self.n_updates))
+        shares = [sequences[i : i + size] for i in range(0, len(sequences), size)]
+        batches = [batch for i, share in enumerate(shares) if (batch := self._active(share, self.updates + i))]
+        if self.grpo.old_logp == "engine":
+            for sequence in (s for batch in batches for s in batch):
+                sequence.old_logp = sequence.rollout.logp
+        else:
+            with span("old log-probs"):
+                for later in batches[1:]:
+                    self._fill_logp(later, self.policy, "old_logp")
+                    self.differences += [s.old_logp - s.rollout.logp for s in later if s.old_logp is not None]
+        if self.reference is not None:
+            with span("reference log-probs"):
+                for batch in batches:
+                    self._fill_logp(batch, self.reference, "ref_logp")
+        results = [self._update(batch, first=batch is batches[0]) for batch in batches]
+        missing = self.n_updates - len(results)
+        if missing:
+            self.skipped += missing
+            self.updates += missing
+            where = f"{self.context.name}: step {self.steps + 1}"
+            self.context.progress.message(f"{where}: {missing} of {self.n_updates} updates had no sequence to train on")
+        if not results:
+            return {"loss": 0.0}
+        combine = {key: max if key.endswith("max") else statistics.fmean for key in results[0]}
+        return {key: function([r[key] for r in results]) for key, function in combine.items()}
+
+    def _active(self, share: list[Sequence], update: int) -> list[Sequence]:
+        """Weigh the sequences of an update, all of them, then leave out those that cannot change its gradient."""
+        lengths = torch.tensor([0, *(len(s.rollout.ids) for s in share)])
+        ends = lengths.cumsum(0).to(torch.int32)
+        constant = self.objective.constant_length
+        weights = aggregation_weights(self.objective.aggregation, int(ends[-1]), ends, constant, dtype=torch.float64)
+        for sequence, weight in zip(share, weights[ends[:-1].long()].tolist(), strict=True):
+            sequence.weight = weight
+        if entropy_coefficient(self.grpo.entropy, update) or self.objective.kl_coef:
+            return share
+        return [s for s in share if s.advantage != 0]
+
+    def _update(self, sequences: list[Sequence], *, first: bool) -> dict[str, Any]:
+        """One optimizer update; the ``first`` of a step runs with the weights that the step began with."""
+        coefficient = entropy_coefficient(self.grpo.entropy, self.updates)
+        objective = replace(self.objective, entropy_coef=coefficient)
+        loss = torch.zeros((), device=self.policy.device)
+        meters = _Meters()
+        for members, batch in self._micro_batches(sequences, self.policy):
+            out = linear_policy_loss(
+                self.policy.hidden(batch),
+                self.policy.head_weight,
+                batch.targets,
+                self._tokens(members, batch),
+                objective,
+                bias=self.policy.head_bias,
+                temperature=self.grpo.sampling.temperature,
+                sampling_mask=self._masks(members, batch),
+            )
+            with span("backward"):
+                out.loss.backward()
+            loss += out.loss.detach()
+            if first:
+                sampled = torch.cat([s.rollout.logp for s in members])
+                self.differences.append(out.logp - sampled.to(out.logp.device, non_blocking=True))
+            meters.add(out.metrics, len(batch.targets))
+        value = float(loss)
+        metrics = {"loss": value, **meters.read(), "policy/entropy_coef": coefficient}
+        return metrics | self.apply_gradients(value)
+
+    def _micro_batches(self, sequences: list[Sequence], policy: Policy) -> Iterator[tuple[list[Sequence], PackedBatch]]:
+        """Packed rows of near-equal cost, each with its sequences in the order of ``cu_seqlens``."""
+        by_prompt: dict[int, list[Sequence]] = {}
+        for sequence in sequences:
+            by_prompt.setdefault(id(sequence.example), []).append(sequence)
+        members = list(by_prompt.values())
+        groups = [Group(m[0].example.prompt, [s.rollout.ids for s in m]) for m in members]
+        for micro in self.plan(groups):
+            yield [members[g][i] for g, part in micro.parts for i in part], policy.pack(micro.of(groups), self.layout)
+
+    def _tokens(self, members: list[Sequence], batch: PackedBatch) -> TokenBatch:
+        device = batch.targets.device
+        lengths = torch.tensor([len(s.rollout.ids) for s in members])
+
+        def per_token(values: list[float]) -> Tensor:
+            return torch.tensor(values).repeat_interleave(lengths).to(device)
+
+        def joined(name: str) -> Tensor | None:
+            parts = [getattr(s, name) for s in members]
+            return None if any(p is None for p in parts) else torch.cat(parts).to(device)
+
+        return TokenBatch(
+            advantages=per_token([s.advantage for s in members]),
+            old_logp=joined("old_logp"),
+            ref_logp=joined("ref_logp"),
+            rollout_logp=torch.cat([s.rollout.logp for s in members]).to(device),
+            cu_seqlens=batch.cu_seqlens,
+            weight=per_token([s.weight for s in members]),
+        )
+
+    @staticmethod
+    def _masks(members: list[Sequence], batch: PackedBatch) -> tuple[Tensor, Tensor] | None:
+        """The ids that sampling kept for every target of the batch, CSR; None where it kept all or is not asked for."""
+        masks = [s.rollout.mask for s in members]
+        if any(mask is None for mask in masks):
+            return None
+        counts = torch.cat([mask[0].diff() for mask in masks if mask is not None])
+        indptr = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+        indices = torch.cat([mask[1] for mask in masks if mask is not None])
+        return indptr.to(batch.targets.device), indices.to(batch.targets.device)
+
+    @torch.no_grad()
+    def _fill_logp(self, sequences: list[Sequence], policy: Policy, field: str) -> None:
+        """Log-probs of ``sequences`` under ``policy`` into their ``field``."""
+        is_reference = field == "ref_logp"
+        for members, batch in self._micro_batches(sequences, policy):
+            with policy.without_adapter() if is_reference else nullcontext():
+                logp, _ = linear_logprob(
+                    policy.hidden(batch),
+                    policy.head_weight,
+                    batch.targets,
+                    bias=policy.head_bias,
+                    temperature=self.grpo.sampling.temperature,
+                    sampling_mask=self._masks(members, batch),
+                )
+            for sequence, part in zip(members, logp.cpu().split([len(s.rollout.ids) for s in members]), strict=True):
+                setattr(sequence, field, part)
+
+
+class _Meters:
+    """The loss's metrics over an update's micro-batches: means weighted by rows, maxima kept; read once at the end."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Tensor], rows: int) -> None:
+        self.rows += rows
+        for key, value in metrics.items():
+            so_far = self.values.get(key, torch.zeros_like(value))
+            self.values[key] = torch.maximum(so_far, value) if key.endswith("max") else so_far + value * rows
+
+    def read(self) -> dict[str, float]:
+        return {f"policy/{k}": float(v) / (1 if k.endswith("max") else self.rows) for k, v in self.values.items()}
+
+
+def build_objective(stage: GRPOConfig) -> PolicyObjective:
+    """The stage's preset with its overrides; the entropy coefficient comes in per update."""
+    chosen = stage.objective.model_dump(exclude={"preset"}, exclude_none=True)
+    if stage.objective.preset == "dr_grpo" or stage.objective.aggregation == "constant":
+        chosen["constant_length"] = stage.max_response_tokens
+    return PolicyObjective.preset(stage.objective.preset, **chosen)
