@@ -276,6 +276,7 @@ class Curriculum:
         images = {image.key: image.open() for image in record.images}
         self.telemetry.sample({**sample, "completions": completions}, images)
 
+    @ranged("evaluate")
     def _evaluate(self, policy: Policy, stage: str, step: int, kind: str) -> None:
         assert self.telemetry is not None
         session = self._session(policy)

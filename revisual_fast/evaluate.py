@@ -19,7 +19,6 @@ from revisual_fast.rollout.engine import Engine, EngineError, RequestError, Samp
 __all__ = ["evaluate", "evaluate_model"]
 
 
-@ranged("evaluate")
 def evaluate(
     records: list[Record], config: Config, engine: Engine, processor: Processor, bad_records: BadRecords
 ) -> dict[str, Any]:
@@ -64,6 +63,7 @@ def _answer(examples: list[Example], limit: int, engine: Engine, processor: Proc
     ]
 
 
+@ranged("evaluate")
 def evaluate_model(config: Config, path: str) -> dict[str, dict[str, Any]]:
     """:func:`evaluate` the model at ``path`` on every dataset of ``config.evaluation.heldout``; name -> result.
 

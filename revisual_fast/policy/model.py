@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Policy:
         self.family.text.config._attn_implementation = NAME
         self.attention, _ = pick_attention(attention, self.device, self.head_weight.dtype)
         self.images = VisionCache(cache_bytes)
+        self.writing = Lock()  # held while an optimizer changes the weights, for whoever reads them in another thread
         self._again: dict[str, Tensor | None] = {}  # images that a trained tower will see again, before its next update
 
     @property

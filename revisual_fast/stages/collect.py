@@ -16,7 +16,7 @@ from revisual_fast.advantages import stagnation
 from revisual_fast.config import GRPOConfig
 from revisual_fast.data.processor import Example, Processor
 from revisual_fast.policy.model import Policy
-from revisual_fast.ranges import span
+from revisual_fast.ranges import ranged, span
 from revisual_fast.rewards import Completion, Rewards, RewardTable
 from revisual_fast.rollout.engine import Engine, EngineError, RequestError, Rollout, Sampling
 from revisual_fast.rollout.session import EngineSession
@@ -85,7 +85,7 @@ class Collector:
         overlap: bool,
     ):
         self.session, self.policy, self.stage, self.rewards, self.processor = session, policy, stage, rewards, processor
-        self.draw, self.position, self.seed, self.overlap = draw, position, seed, overlap
+        self._draw, self.position, self.seed, self.overlap = ranged("data")(draw), position, seed, overlap
         self.ahead: _Ahead | None = None
         self._scorer = ThreadPoolExecutor(1, "rewards")
         self._generator = ThreadPoolExecutor(1, "rollouts")
@@ -96,8 +96,9 @@ class Collector:
         Raises EngineError where the engine or a prompt failed for good, whatever a reward raised, and BadRecordError.
         """
         if not self.overlap:
+            examples = self._draw(self.stage.rollout_batch)
             with self.session.use(self.policy, step) as engine:
-                return self._gather(engine, step, self.draw(self.stage.rollout_batch))
+                return self._gather(engine, step, examples)
         if self.ahead is None:
             self._begin(step, step)
         assert self.ahead is not None
@@ -133,7 +134,7 @@ class Collector:
     def _begin(self, step: int, version: int) -> None:
         """Generate the batch of ``step`` in a thread, with the weights as they are after ``version`` steps."""
         start = self.position()
-        examples = self.draw(self.stage.rollout_batch)
+        examples = self._draw(self.stage.rollout_batch)
         self.session.update(self.policy, version)
         engine = self.session.engine
 
@@ -154,7 +155,7 @@ class Collector:
         tries = 0
         while len(good) < wanted and tries < rule.tries:
             tries += 1
-            more = self.draw(wanted - len(good))
+            more = self._draw(wanted - len(good))
             groups, *took = self._round(engine, more, self.seed(step, f"rollout {tries}"))
             seconds, waited = seconds + took[0], waited + took[1]
             drawn += groups
@@ -177,7 +178,7 @@ class Collector:
             source = examples[error.index].record.source
             raise EngineError(f"{source}: {error.reason} (tried {error.tries} times)") from error
         generated = time.perf_counter()
-        with span("rewards"):
+        with span("reward"):
             tables = [scores[i].result() for i in range(len(examples))]
         groups = [ScoredGroup(*group) for group in zip(examples, rollouts, tables, strict=True)]
         return groups, generated - began, time.perf_counter() - generated
@@ -187,6 +188,7 @@ class Collector:
         sampling = Sampling(self.stage.max_response_tokens, chosen.temperature, chosen.top_p, chosen.top_k, seed)
         return Sampling(**{**vars(sampling), "masks": sampling.truncated and chosen.replay == "mask"})
 
+    @ranged("score")
     def _score(self, example: Example, rollouts: list[Rollout]) -> RewardTable:
         return self.rewards(
             [Completion(self.processor.decode(r.ids), len(r.ids), r.finished, example.record) for r in rollouts]

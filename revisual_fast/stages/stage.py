@@ -207,7 +207,8 @@ class Stage:
         factor = lr_factor(self.stage.optimizer, self.updates, self.total_updates)
         self.updates += 1
         if math.isfinite(loss):
-            norm = self.optimizer.step(factor)
+            with self.policy.writing:
+                norm = self.optimizer.step(factor)
         else:
             self.optimizer.zero_grad()
             norm = math.nan

@@ -21,19 +21,21 @@ from revisual_fast import ranges
 ROOT = Path(__file__).parents[2]
 
 RECORDER = '''
-import json, sys, types
+import json, sys, threading, types
 
-events = []
+events, elsewhere = [], []  # of the main thread, and of others
 
 class annotate:
     """As nvtx's, but it writes down: what begins, and None where a range ends."""
     def __init__(self, message=None, color=None, domain=None, category=None, payload=None):
         assert domain == "revisual_fast", domain
         self.what = (message, payload)
+    def write(self, what):
+        (events if threading.current_thread() is threading.main_thread() else elsewhere).append(what)
     def __enter__(self):
-        events.append(self.what)
+        self.write(self.what)
     def __exit__(self, *exception):
-        events.append(None)
+        self.write(None)
         return False
 
 sys.modules["nvtx"] = types.ModuleType("nvtx")
@@ -67,8 +69,11 @@ def python(code: str, *arguments: object, **environment: str) -> subprocess.Comp
 
 
 def recorded(code: str, *arguments: object) -> list[list[Any]]:
-    """The ranges of ``code`` as a tree: each is ``[name, payload, its ranges]``. Fails unless every one ends."""
-    done = python(RECORDER + code + "\nprint(json.dumps(events))", *arguments, REVISUAL_FAST_NVTX="1")
+    """The ranges of ``code`` as a tree: each is ``[name, payload, its ranges]``; those of a second thread come last.
+
+    Fails unless every one ends.
+    """
+    done = python(RECORDER + code + "\nprint(json.dumps(events + elsewhere))", *arguments, REVISUAL_FAST_NVTX="1")
     assert done.returncode == 0, done.stderr
     root: list[list[Any]] = []
     open_ranges = [root]
@@ -177,15 +182,16 @@ train(load_config(write_small_run(folder, model), ["train.max_steps=1"]))
 
 def test_the_phases_of_a_run(tmp_path: Path, tiny_vl: Path) -> None:
     tree = recorded(RUN, tmp_path, tiny_vl)
-    assert names(tree) == ["evaluate", "stage warm", "stage rl", "report"]
+    groups = 4 * ["score"]  # in a thread of their own
+    assert names(tree) == ["evaluate", "stage warm", "stage rl", "report", *groups]
     assert names(inside(tree, "stage warm")) == ["load", "step", "evaluate", "export", "checkpoint", "report"]
     assert names(inside(tree, "stage warm", "step")) == ["data", "update"]
     step = next(node for node in inside(tree, "stage rl") if node[0] == "step")
     assert step[1] == 1, "the payload is the step's number"
-    assert names(step[2]) == ["data", "rollout", "reward", "select", "update"]
+    assert names(step[2]) == ["rollout", "select", "update"]
     rollout = names(inside(step[2], "rollout"))
-    assert (rollout[0], rollout[-1]) == ("prefill", "collect")
-    assert rollout[1:-1] == [name for _ in range(8) for name in ("sample", "decode")][:-1]  # 8 tokens
+    assert (rollout[:3], rollout[-2:]) == (["data", "weight sync", "prefill"], ["collect", "reward"])
+    assert rollout[3:-2] == [name for _ in range(8) for name in ("sample", "decode")][:-1]  # 8 tokens
     assert names(inside(step[2], "rollout", "prefill")) == ["pack", "vision tower", "embeddings", "text tower"]
     update = names(inside(step[2], "update"))
     assert update[:2] == ["old log-probs", "reference log-probs"]
