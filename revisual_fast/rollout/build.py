@@ -47,7 +47,7 @@ class EngineRoom:
         if self.kind == "embedded":
             return f"rollouts: embedded ({self.why})"
         place = f"server {rollout.url}" if rollout.url else f"own process, {rollout.tensor_parallel} device(s)"
-        sleep = f"sleep {level}" if (level := self._sleep_level()) else "always awake"
+        sleep = f"sleep {level}" if (level := sleep_level(self.config, self.device)) else "always awake"
         kind = transfer_kind(self.config, self.device)
         ahead = ", one step ahead" if rollout.async_ == "one_step" else ""
         return f"rollouts: vllm ({self.why}; {place}; weights by {kind}; {sleep}{ahead})"
@@ -64,7 +64,7 @@ class EngineRoom:
             )
             return EngineSession(engine)
         if self._session is None:
-            self._session = EngineSession(self._vllm(), self._sleep_level())
+            self._session = EngineSession(self._vllm(policy), sleep_level(self.config, self.device))
         return self._session
 
     def close(self) -> None:
@@ -72,27 +72,29 @@ class EngineRoom:
             self._session.engine.close()
             self._session = None
 
-    def _sleep_level(self) -> int:
-        rollout = self.config.rollout
-        if rollout.sleep == "auto":
-            shared = self.device.type == "cuda" and rollout.url is None
-            return int(shared and rollout.async_ == "off")
-        return 0 if rollout.sleep == "off" else int(rollout.sleep)
-
-    def _vllm(self) -> Engine:
-        from revisual_fast.rollout.remote import RemoteEngine
+    def _vllm(self, policy: Policy) -> Engine:
+        from revisual_fast.rollout.remote import Connection, RemoteEngine
         from revisual_fast.rollout.vllm.process import ProcessConnection
         from revisual_fast.rollout.vllm.server import ServerConnection
         from revisual_fast.rollout.vllm.transfer import make_sender
 
         rollout = self.config.rollout
-        settings = engine_settings(self.config, self.device, self.images)
+        longest = policy.base.config.get_text_config().max_position_embeddings
+        settings = engine_settings(self.config, self.device, self.images, longest)
+        connection: Connection
         start, stall = rollout.start_seconds, rollout.stall_seconds
         if rollout.url is None:
             connection = ProcessConnection(settings, log=self.log, start_seconds=start, stall_seconds=stall)
         else:
-            tokenizer = self.processor.tokenizer
-            connection = ServerConnection(rollout.url, tokenizer=tokenizer, start_seconds=start, stall_seconds=stall)
+            connection = ServerConnection(
+                rollout.url,
+                settings,
+                tokenizer=self.processor.tokenizer,
+                vocab=policy.head_weight.shape[0],
+                eos_token_ids=self.processor.eos_token_ids,
+                start_seconds=start,
+                stall_seconds=stall,
+            )
         bucket = rollout.bucket_mib * 2**20
         sender = make_sender(settings.transfer, connection, bucket_bytes=bucket, device=self.device)
         return RemoteEngine(
@@ -114,25 +116,35 @@ def transfer_kind(config: Config, device: torch.device) -> str:
     return "ipc" if rollout.url is None else "nccl"
 
 
-def engine_settings(config: Config, device: torch.device, images: int) -> EngineSettings:
-    """What vllm is started with: large enough for every stage's prompts and responses, and for evaluation's."""
+def sleep_level(config: Config, device: torch.device) -> int:
+    """0: the engine is always awake."""
+    rollout = config.rollout
+    if rollout.sleep == "auto":
+        shared = device.type == "cuda" and rollout.url is None
+        return int(shared and rollout.async_ == "off")
+    return 0 if rollout.sleep == "off" else rollout.sleep
+
+
+def engine_settings(config: Config, device: torch.device, images: int, longest: int) -> EngineSettings:
+    """What vllm is started with: large enough for every stage's prompts and responses, and for evaluation's prompts if
+    they are as the stages', all within the ``longest`` sequence of the model."""
     rollout, model = config.rollout, config.model
     stages = [config.stages[name] for name in config.curriculum]
     training = [stage for stage in stages if isinstance(stage, GRPOConfig)]
     longest_prompt = max(stage.max_prompt_tokens for stage in stages)
     evaluated = bool(config.evaluation.heldout or config.evaluation.validation)
     lengths = [stage.max_prompt_tokens + stage.max_response_tokens for stage in training]
-    lengths += [longest_prompt + config.evaluation.max_response_tokens] if evaluated else []
+    lengths += [min(longest, longest_prompt + config.evaluation.max_response_tokens)] if evaluated else []
     truncated = [s.sampling for s in training if s.sampling.top_p < 1 or s.sampling.top_k > 0]
     return EngineSettings(
         model=config.start_model,
         dtype=model.dtype,
         device=str(device),
-        max_model_len=max(lengths, default=longest_prompt),
+        max_model_len=max(lengths, default=min(longest, longest_prompt)),
         max_batch=rollout.max_batch,
         tensor_parallel=rollout.tensor_parallel,
         memory_share=rollout.memory_share,
-        sleep=rollout.sleep != "off" and device.type == "cuda",
+        sleep=sleep_level(config, device) > 0,
         masks=any(sampling.replay == "mask" for sampling in truncated),
         transfer=transfer_kind(config, device),  # type: ignore[arg-type]
         readable_weights=rollout.check_weights,

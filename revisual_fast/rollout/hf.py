@@ -45,7 +45,7 @@ class HFEngine:
         self.max_cached_tokens = max_cached_tokens
         self.prefill_tokens = prefill_tokens
         self.version = 0
-        self.counts = {"restarts": 0, "retries": 0, "regenerated": 0}
+        self.counts = {"restarts": 0, "retried_requests": 0, "regenerated_groups": 0}
 
     @torch.no_grad()
     def generate(

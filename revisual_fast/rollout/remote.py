@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from typing import Any, Literal, Protocol, TypeVar
+from weakref import ref
 
 from revisual_fast.packing import Prompt
 from revisual_fast.policy.model import Policy
@@ -18,7 +19,7 @@ from revisual_fast.rollout.messages import EngineInfo, Event, Failed, Finished, 
 from revisual_fast.rollout.requests import PendingBatch, make_requests
 from revisual_fast.rollout.weights import WeightSource, compare
 
-__all__ = ["Connection", "EngineLost", "Hold", "RemoteEngine", "Sender"]
+__all__ = ["Connection", "EngineLost", "RemoteEngine", "Sender"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -30,10 +31,6 @@ ADVICE = {
     "hung": "\nIf it was merely slow, raise rollout.stall_seconds.",
     "out of memory": "\nLower rollout.max_batch, or change rollout.memory_share to what the trainer leaves free.",
 }
-
-Hold = Callable[[], AbstractContextManager["int | None"]]
-"""Keeps the trainer from changing weights inside the context, and gives their version if it is not the latest update's.
-"""
 
 
 class EngineLost(Exception):
@@ -83,8 +80,8 @@ class RemoteEngine:
 
     Within one call the engine is started anew at most ``max_restarts`` times, and one that has never started not at
     all. A request that fails is sent again ``request_retries`` times. With ``check_weights`` the fingerprints of all
-    weights are compared after every update. ``hold`` is for a trainer that trains while the engine generates: weights
-    are sent again inside it.
+    weights are compared after every update. The policy is not kept alive. Weights that have to be sent again while the
+    trainer goes on are those of that moment, and of the version that was asked for last.
     """
 
     def __init__(
@@ -95,18 +92,17 @@ class RemoteEngine:
         max_restarts: int = 3,
         request_retries: int = 2,
         check_weights: bool = False,
-        hold: Hold = nullcontext,
     ):
         self.connection, self.sender = connection, sender
         self.max_restarts, self.request_retries = max_restarts, request_retries
         self.check_weights = check_weights
-        self.hold = hold
         self.counts = {"restarts": 0, "retried_requests": 0, "regenerated_groups": 0}
         self.info: EngineInfo | None = None  # of the latest start
         self._running = False
         self._asleep: set[str] = set()
-        self._wanted: tuple[Policy, int] | None = None  # policy and version
-        self._held: tuple[Policy, int] | None = None  # what the engine has of them
+        self._closed = False
+        self._wanted: tuple[ref[Policy], int] | None = None  # policy and version
+        self._held: tuple[ref[Policy], int] | None = None  # what the engine has of them
         self._trained: frozenset[str] = frozenset()  # names that could change when they were last sent
 
     # -- the protocol
@@ -120,7 +116,8 @@ class RemoteEngine:
     ) -> list[list[Rollout]]:
         assert self._wanted is not None, "update_weights first"
         assert not self._asleep, f"wake_up first: {sorted(self._asleep)}"
-        batch = PendingBatch(make_requests(prompts, self._wanted[0].family, sampling.seed), n, sampling, on_group)
+        family = self._policy().family
+        batch = PendingBatch(make_requests(prompts, family, sampling.seed), n, sampling, on_group)
         self._surely("a batch", lambda: self._answer(batch))
         if batch.refused is not None:
             raise batch.refused
@@ -128,7 +125,7 @@ class RemoteEngine:
 
     def update_weights(self, policy: Policy, version: int) -> Sync:
         assert "weights" not in self._asleep, "wake_up the weights first"
-        self._wanted = policy, version
+        self._wanted = ref(policy), version
         return self._surely("a weight update", self._prepare)
 
     def sleep(self, level: int = 1) -> None:
@@ -146,6 +143,7 @@ class RemoteEngine:
         return answer[0] if answer else 0
 
     def close(self) -> None:
+        self._closed = True
         self.connection.close()
         self._forget()
 
@@ -158,6 +156,8 @@ class RemoteEngine:
             try:
                 return action()
             except EngineLost as lost:
+                if self._closed:
+                    raise EngineError("the engine was closed while it was asked for something") from lost
                 losses.append(lost)
                 self._lose(lost)
             except BaseException:  # also a KeyboardInterrupt: what the engine was about is not known
@@ -214,19 +214,24 @@ class RemoteEngine:
         self._start()
         if self._held == self._wanted:
             return Sync()
-        policy, version = self._wanted
-        with self.hold() as held_version:
-            version = version if held_version is None else held_version
+        policy, version = self._policy(), self._wanted[1]
+        with policy.writing:
             source = WeightSource(policy)
-            same = self._held is not None and self._held[0] is policy
+            same = self._held is not None and self._held[0] == self._wanted[0]
             names = self._trained | source.changed() if same else None
             self._held = None  # until all of it is there
             sync = self.sender.send(source, names, version)
             self._trained = source.changed()
             if self.check_weights:
                 self._check(source, version)
-        self._wanted = self._held = policy, version
+        self._held = self._wanted
         return sync
+
+    def _policy(self) -> Policy:
+        assert self._wanted is not None
+        policy = self._wanted[0]()
+        assert policy is not None, "the policy is gone: update_weights with another"
+        return policy
 
     def _check(self, source: WeightSource, version: int) -> None:
         ours = source.fingerprints()

@@ -9,6 +9,7 @@ import torch
 
 from revisual_fast.config_file import load_config
 from revisual_fast.curriculum import Curriculum, Interrupted, train
+from revisual_fast.policy.model import Policy
 from revisual_fast.rollout import build as build_module
 from revisual_fast.rollout.build import EngineRoom, engine_settings
 from revisual_fast.rollout.engine import RequestError
@@ -27,7 +28,7 @@ def copying(monkeypatch) -> list[CopyEngine]:
     """Every engine is a copying one; those that were made."""
     made: list[CopyEngine] = []
 
-    def vllm(room: EngineRoom) -> CopyEngine:
+    def vllm(room: EngineRoom, policy: Policy) -> CopyEngine:
         made.append(CopyEngine(room.processor.eos_token_ids))
         return made[-1]
 
@@ -187,10 +188,11 @@ def test_an_engine_that_gives_up_saves_the_run(small_run, tmp_path, copying, mon
 
 def test_the_engine_is_as_large_as_the_longest_prompt_and_response(small_run):
     config = load_config(small_run, ["stages.rl.max_prompt_tokens=100", "stages.warm.max_prompt_tokens=120"])
-    settings = engine_settings(config, torch.device("cpu"), images=2)
+    settings = engine_settings(config, torch.device("cpu"), images=2, longest=4096)
     assert (settings.max_model_len, settings.images, settings.transfer) == (128, 2, "host")
     assert not settings.masks
     longer = load_config(small_run, ["stages.rl.max_prompt_tokens=100", "stages.rl.max_response_tokens=300"])
-    assert engine_settings(longer, torch.device("cpu"), images=2).max_model_len == 8192 + 8
+    assert engine_settings(longer, torch.device("cpu"), images=2, longest=4096).max_model_len == 4096
+    assert engine_settings(longer, torch.device("cpu"), images=2, longest=9999).max_model_len == 8192 + 8
     masked = load_config(small_run, [*ON_POLICY, "stages.rl.sampling.top_k=3"])
-    assert engine_settings(masked, torch.device("cpu"), images=0).masks
+    assert engine_settings(masked, torch.device("cpu"), images=0, longest=4096).masks

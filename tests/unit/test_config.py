@@ -74,7 +74,7 @@ def small(tmp_path: Path) -> Path:
         ("telemetry.progress=1", "telemetry.progress: Input should be true or false (given: 1)"),
         ("run.dir=5", "run.dir: Input should be a valid string (given: 5)"),
         ("rollout.engine=hf", "rollout.engine: Input should be 'auto', 'embedded' or 'vllm' (given: 'hf')"),
-        ("rollout={engine: embedded, url: 'http://x'}", "rollout: url is a setting of vllm and has no effect on engine"),
+        ("rollout={engine: embedded, url: 'http://x'}", "rollout: url is a setting of vllm and has no effect"),
         ("rollout={engine: embedded, async: one_step}", "rollout: async one_step needs engine vllm"),
         ("rollout={engine: vllm, async: one_step}", "stages.rl: with rollout.async: one_step completions are sampled"),
         ("rollout={url: 'http://x', transfer: ipc}", "rollout: transfer ipc reaches an engine process of our own"),

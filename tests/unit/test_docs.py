@@ -1,8 +1,9 @@
-"""The pages of docs/ about the fused loss: their code runs and does what they say, their tables name what is there."""
+"""The pages of docs/: their code runs and does what they say, their tables name what is there."""
 
 import ast
 import importlib.util
 import re
+import shlex
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -10,16 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from revisual_fast import PolicyObjective, TokenBatch, linear_policy_loss, whole_sequences
+from revisual_fast.config import RolloutConfig
 from revisual_fast.kernels import plan
 from revisual_fast.objective_metrics import metric_names
 from revisual_fast.policy.attention import BACKENDS
 from revisual_fast.policy.families import FAMILIES
+from revisual_fast.rollout.messages import EngineSettings
+from revisual_fast.rollout.vllm.server_checks import serve_command
+from revisual_fast.stages.mismatch import mismatch_metrics
 from tests.models import padded_logp
 
 DOCS = Path(__file__).parents[2] / "docs"
-FUSED, METHOD, PACKING = ((DOCS / name).read_text() for name in ("fused_loss.md", "method.md", "packing.md"))
+PAGES = ("fused_loss.md", "method.md", "packing.md", "rollout.md")
+FUSED, METHOD, PACKING, ROLLOUT = ((DOCS / name).read_text() for name in PAGES)
 
 
 def section(page: str, title: str) -> str:
@@ -165,7 +172,26 @@ def test_the_tables_on_packing_name_what_there_is() -> None:
     assert sorted(named("Families")) == sorted(FAMILIES)
 
 
-@pytest.mark.parametrize("page", [FUSED, METHOD, PACKING], ids=["fused_loss", "method", "packing"])
+def test_the_table_of_rollout_settings_with_their_defaults() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \|", section(ROLLOUT, "Settings"), re.MULTILINE)
+    found = {name: yaml.safe_load(value) for name, value in rows}
+    defaults = RolloutConfig().model_dump(by_alias=True)
+    assert found == {name: {"off": False}.get(value, value) for name, value in defaults.items()}  # off is no in YAML
+    assert list(found) == list(defaults)
+
+
+def test_the_page_on_rollouts_names_what_there_is() -> None:
+    command = section(ROLLOUT, "A server").split("```")[1].replace("\\\n", " ")
+    settings = EngineSettings("MODEL", "bfloat16", "cuda:0", 16384, 1024, 2, transfer="nccl", images=1)
+    assert shlex.split(command) == shlex.split(serve_command(settings, "http://localhost:8000"))
+    sources = "".join(path.read_text() for path in (DOCS.parent / "revisual_fast" / "stages").glob("*.py"))
+    counts = {f"engine/{name}" for name in ("restarts", "retried_requests", "regenerated_groups")}
+    assert set(re.findall(r"`(\w+/\w+)`", ROLLOUT)) <= set(re.findall(r'"(\w+/\w+)"', sources)) | counts
+    named = re.findall(r"`(?:mismatch/)?(\w+)`", section(ROLLOUT, "The engine is not the trainer").split("\n|")[0])
+    assert named == [name.removeprefix("mismatch/") for name in mismatch_metrics([torch.zeros(1)])]
+
+
+@pytest.mark.parametrize("page", [FUSED, METHOD, PACKING, ROLLOUT], ids=PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page):
         file = DOCS / target
