@@ -82,14 +82,14 @@ def _train(options: argparse.Namespace) -> int:
     from revisual_fast.config_file import load_config
 
     config = load_config(options.config, options.set)
-    from revisual_fast.curriculum import Interrupted, NonFiniteError, train
+    from revisual_fast.curriculum import EngineError, Interrupted, NonFiniteError, train
 
     try:
         html = train(config, resume=options.resume, overwrite=options.overwrite)
     except Interrupted as stop:
         print(stop)
         return INTERRUPTED
-    except NonFiniteError as error:
+    except (NonFiniteError, EngineError) as error:
         print(f"revisual-fast: {error}", file=sys.stderr)
         return 1
     print(f"report: {html}\nnumbers: {html.with_name('report.json')}\nplots: {html.parent / 'plots'}")
@@ -100,9 +100,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     from revisual_fast.config_file import load_config
 
     config = load_config(options.config, options.set)
-    from revisual_fast.evaluate import evaluate_model
+    from revisual_fast.evaluate import EngineError, evaluate_model
 
-    for name, result in evaluate_model(config, options.model or config.start_model).items():
+    try:
+        results = evaluate_model(config, options.model or config.start_model)
+    except EngineError as error:
+        print(f"revisual-fast: {error}", file=sys.stderr)
+        return 1
+    for name, result in results.items():
         print(f"{name}: accuracy {result['accuracy']:.4f}, n {result['n']}, mean length {result['length_mean']:.1f}")
         for reason, count in result["bad_records"].items():
             print(f"{name}: bad records ({reason}): {count}")

@@ -43,7 +43,7 @@ from revisual_fast.stop import StopRequest
 from revisual_fast.telemetry import Progress, Telemetry, write_report
 from revisual_fast.telemetry.report import START
 
-__all__ = ["Curriculum", "Interrupted", "NonFiniteError", "train"]
+__all__ = ["Curriculum", "EngineError", "Interrupted", "NonFiniteError", "train"]
 
 
 class Interrupted(Exception):
@@ -54,7 +54,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     """Run the whole curriculum of ``config`` and return the path of ``report.html``.
 
     Raises :class:`Interrupted` after Ctrl-C, :class:`NonFiniteError` when too many updates in a row had a non-finite
-    loss or gradient, ValueError for anything that the configuration or the data got wrong.
+    loss or gradient, EngineError where the engine could not go on before there was anything to save, ValueError for
+    anything that the configuration or the data got wrong, or (the run is saved) an engine that could not go on later.
     """
     with Curriculum(config, resume=resume, overwrite=overwrite) as curriculum:
         return curriculum.run()
@@ -224,6 +225,18 @@ class Curriculum:
         stage = self.build_stage(name)
         self.progress.message(f"{name}: {stage.activations.describe(self.config.train.micro_batch_tokens)}")
         self.progress.stage(name, stage.total_steps, stage.steps)
+        try:
+            self._steps(name, stage, began)
+            self._evaluate(stage.policy, name, stage.steps, "heldout")
+        except EngineError as error:
+            raise self._saved(error, stage) from error
+        write_atomically(self.run_dir.model(name), lambda folder: self._export(stage.policy, folder))
+        self._note(name, time.perf_counter() - began, stage.steps, stage.skipped)
+        self.state["stage"] += 1
+        self._save(stage.policy, None)
+        self._report()
+
+    def _steps(self, name: str, stage: Stage, began: float) -> None:
         while stage.steps < stage.total_steps:
             self._train_step(name, stage)
             self._note(name, time.perf_counter() - began, stage.steps, stage.skipped)
@@ -232,12 +245,6 @@ class Curriculum:
                 raise Interrupted(f"stopped after {name} step {stage.steps}; saved {path}; continue with --resume")
             if stage.steps % self.config.checkpoint.every == 0 and stage.steps < stage.total_steps:
                 self._save(stage.policy, stage)
-        self._evaluate(stage.policy, name, stage.steps, "heldout")
-        write_atomically(self.run_dir.model(name), lambda folder: self._export(stage.policy, folder))
-        self._note(name, time.perf_counter() - began, stage.steps, stage.skipped)
-        self.state["stage"] += 1
-        self._save(stage.policy, None)
-        self._report()
 
     def _note(self, name: str, seconds: float, steps: int, skipped: int) -> None:
         for key, value in (("seconds", seconds), ("steps", steps), ("skipped", skipped)):
@@ -250,8 +257,7 @@ class Curriculum:
             metrics = stage.run_step()
         except (BadRecordError, EngineError) as error:
             stage.load_state_dict(before)
-            path = self._save(stage.policy, stage)
-            raise ValueError(f"{error}\nsaved {path}; continue with --resume") from None
+            raise self._saved(error, stage) from None
         except NonFiniteError as error:
             good = self.checkpoints.latest() or "none yet"
             raise NonFiniteError(
@@ -267,6 +273,10 @@ class Curriculum:
         if every is not None and stage.steps % every == 0:
             stage.settle()  # the engine does one thing at a time
             self._evaluate(stage.policy, name, stage.steps, "validation")
+
+    def _saved(self, error: Exception, stage: Stage) -> ValueError:
+        """The run is saved where it is; what to raise in place of ``error``."""
+        return ValueError(f"{error}\nsaved {self._save(stage.policy, stage)}; continue with --resume")
 
     def _store_sample(self, place: dict[str, Any], stage: GRPOStage) -> None:
         assert self.telemetry is not None

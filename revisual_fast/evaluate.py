@@ -16,7 +16,7 @@ from revisual_fast.rewards import Completion, Rewards
 from revisual_fast.rollout.build import EngineRoom
 from revisual_fast.rollout.engine import Engine, EngineError, RequestError, Sampling
 
-__all__ = ["evaluate", "evaluate_model"]
+__all__ = ["EngineError", "evaluate", "evaluate_model"]
 
 
 def evaluate(
@@ -26,7 +26,7 @@ def evaluate(
 
     Returns ``accuracy`` (share of right answers, 0..1), ``n`` (records answered), ``length_mean`` (response tokens),
     ``truncated`` (share that hit the limit) and ``seconds``. Only as many prompts as are decoded together are in memory
-    at a time. Raises ValueError if no record is usable.
+    at a time. Raises ValueError if no record is usable, EngineError where the engine or a prompt failed for good.
     """
     start = time.perf_counter()
     limit = config.evaluation.max_response_tokens

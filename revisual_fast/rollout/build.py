@@ -126,21 +126,21 @@ def sleep_level(config: Config, device: torch.device) -> int:
 
 
 def engine_settings(config: Config, device: torch.device, images: int, longest: int) -> EngineSettings:
-    """What vllm is started with: large enough for every stage's prompts and responses, and for evaluation's prompts if
-    they are as the stages', all within the ``longest`` sequence of the model."""
+    """What vllm is started with: as long as every stage's prompts and responses, and evaluation's if its prompts are as
+    the stages', but not longer than the model's ``longest`` sequence."""
     rollout, model = config.rollout, config.model
     stages = [config.stages[name] for name in config.curriculum]
     training = [stage for stage in stages if isinstance(stage, GRPOConfig)]
     longest_prompt = max(stage.max_prompt_tokens for stage in stages)
     evaluated = bool(config.evaluation.heldout or config.evaluation.validation)
     lengths = [stage.max_prompt_tokens + stage.max_response_tokens for stage in training]
-    lengths += [min(longest, longest_prompt + config.evaluation.max_response_tokens)] if evaluated else []
+    lengths += [longest_prompt + config.evaluation.max_response_tokens] if evaluated else []
     truncated = [s.sampling for s in training if s.sampling.top_p < 1 or s.sampling.top_k > 0]
     return EngineSettings(
         model=config.start_model,
         dtype=model.dtype,
         device=str(device),
-        max_model_len=max(lengths, default=min(longest, longest_prompt)),
+        max_model_len=min(longest, max(lengths, default=longest_prompt)),
         max_batch=rollout.max_batch,
         tensor_parallel=rollout.tensor_parallel,
         memory_share=rollout.memory_share,
