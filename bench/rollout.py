@@ -211,7 +211,7 @@ def weight_sync(case: Case) -> Problem:
     problem = vllm_problem()
 
     def setup() -> Call:
-        engine = start_vllm(x, case, readable_weights=True)
+        engine = start_vllm(x, case)
         engine.update_weights(x.policy, 1)
 
         def run() -> Outputs:

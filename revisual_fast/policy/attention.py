@@ -9,7 +9,7 @@ backends, which :func:`pick_attention` chooses once for a policy:
 - ``triton``: kernels of this project, which read a shared prompt's keys and values where they lie.
 - ``sdpa``: torch's ``scaled_dot_product_attention`` over rectangles of similar segments. Any device, any dtype.
 
-:class:`KeepingPlan` is for a prefill, and ``DecodePlan`` in ``rollout/hf.py`` for one new token per sequence.
+:class:`KeepingPlan` is for a prefill, and ``DecodePlan`` in ``rollout/decode.py`` for one new token per sequence.
 """
 
 from __future__ import annotations

@@ -147,6 +147,5 @@ def engine_settings(config: Config, device: torch.device, images: int, longest: 
         sleep=sleep_level(config, device) > 0,
         masks=any(sampling.replay == "mask" for sampling in truncated),
         transfer=transfer_kind(config, device),  # type: ignore[arg-type]
-        readable_weights=rollout.check_weights,
         images=images,
     )

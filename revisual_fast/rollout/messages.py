@@ -31,7 +31,6 @@ class EngineSettings:
     masks: bool = False  # whether rollouts carry the sampling mask
     prefix_cache: bool = True
     transfer: Literal["ipc", "nccl", "host"] = "host"
-    readable_weights: bool = False  # keep all weights in a form that fingerprints can be taken of
     images: int = 0  # most images of one prompt
 
 
@@ -90,7 +89,7 @@ Event = Finished | Failed | Alive
 class Command:
     """start(settings), generate(requests, n, sampling), init_weight_transfer_engine(init_info), start_weight_update(),
     update_weights(update_info), finish_weight_update(weight_version), drop_caches(), fingerprints(), sleep(level),
-    wake_up(tags), memory(), close()."""
+    wake_up(tags), memory(), world_size(), close()."""
 
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)

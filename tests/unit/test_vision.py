@@ -179,9 +179,9 @@ def test_patches_are_embedded_by_a_product_as_by_the_convolution(name):
     mine, theirs = policy.family.visual.patch_embed, other.model.visual.patch_embed
     shape = theirs.proj.weight[0].shape
     pixels = torch.randn(12, shape.numel(), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(mine(pixels), theirs(pixels), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mine(pixels), theirs(pixels), rtol=1e-4, atol=1e-4)
     mine(pixels).square().sum().backward()
     theirs(pixels).square().sum().backward()
     torch.testing.assert_close(mine.proj.weight.grad, theirs.proj.weight.grad, rtol=1e-4, atol=1e-3)
     mine.proj.register_forward_hook(lambda module, inputs, output: output + 1)
-    torch.testing.assert_close(mine(pixels), theirs(pixels) + 1, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mine(pixels), theirs(pixels) + 1, rtol=1e-4, atol=1e-4)

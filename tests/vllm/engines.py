@@ -48,7 +48,6 @@ class Vllm:
             device="cpu",
             max_model_len=MAX_LENGTH,
             max_batch=64,
-            readable_weights=True,
             images=2,
             **settings,
         )
