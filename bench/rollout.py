@@ -67,17 +67,17 @@ def rollout(case: Case) -> Problem:
     sizes = (GEMM_ROWS, text.hidden_size, text.intermediate_size)
     ceilings = {"copy": copy_ceiling(case.device), "gemm": gemm_ceiling(*sizes, case.torch_dtype, case.device)}
     n_bytes = load.response * sum(p.nbytes for p in x.policy.family.text.parameters())  # weights, once for each token
-    flops = rollout_flops(x, load.prompts)
+    flops = rollout_flops(x, load.prompts, load.prompts)
     return Problem(case, variants, answer, flops, n_bytes, ceilings, errors=errors, long_calls=True)
 
 
-def rollout_flops(x: RolloutInputs, prompts: int) -> int:
-    """Two for each parameter and token or patch, ``prompts`` of them being prefilled."""
+def rollout_flops(x: RolloutInputs, prompts: int, images: int) -> int:
+    """Two for each parameter and token or patch; so many prompts are prefilled, so many images encoded."""
     text = sum(p.numel() for p in x.policy.family.text.layers.parameters())
     head, tower = x.policy.head_weight.numel(), x.policy.family.visual
     assert tower is not None
     vision = sum(p.numel() for p in tower.parameters())
-    patches = prompts * x.load.grid[0] * x.load.grid[1] * x.load.grid[2]
+    patches = images * x.load.grid[0] * x.load.grid[1] * x.load.grid[2]
     return 2 * (text * (prompts * x.load.prompt + x.load.tokens) + head * x.load.tokens + vision * patches)
 
 
@@ -97,7 +97,7 @@ def _checked(x: RolloutInputs, ask: Callable[[Sampling], Tensor], reset: Callabl
 
 def _embedded(x: RolloutInputs) -> Iterator[Variant]:
     """As it is, and with a prompt of its own for each completion."""
-    n, flops = x.load.group, rollout_flops(x, x.load.prompts)
+    n, flops = x.load.group, rollout_flops(x, x.load.prompts, x.load.prompts)
 
     def ask(engine: Engine, prompts: list[Prompt], copies: int) -> Callable[[Sampling], Tensor]:
         def asked(sampling: Sampling) -> Tensor:
@@ -114,12 +114,12 @@ def _embedded(x: RolloutInputs) -> Iterator[Variant]:
 
     yield embedded(OURS, x.prompts, n, flops)
     apart = [replace(p, image_keys=(f"{p.image_keys[0]}/{i}",)) for p in x.prompts for i in range(n)]
-    yield embedded(f"{OURS}, a prompt for each completion", apart, 1, rollout_flops(x, x.load.prompts * n))
+    yield embedded(f"{OURS}, a prompt for each completion", apart, 1, rollout_flops(x, len(apart), len(apart)))
 
 
 def _transformers(x: RolloutInputs) -> Iterator[Variant]:
-    """``num_return_sequences`` for all prompts at once, and prompt by prompt."""
-    n, flops = x.load.group, rollout_flops(x, x.load.prompts * x.load.group)
+    """``num_return_sequences`` for all prompts at once, and prompt by prompt. It encodes an image once, too."""
+    n, flops = x.load.group, rollout_flops(x, x.load.prompts * x.load.group, x.load.prompts)
 
     def variant(name: str, batches: list[list[Prompt]], note: str) -> Variant:
         def ask(sampling: Sampling) -> Tensor:

@@ -52,8 +52,9 @@ class Rewards:
     """The rewards of a stage.
 
     A component is a built-in reward or the user's ``function(completions: list[Completion], **args)``, which returns a
-    finite number for each completion. ``where`` is the configuration key of ``components``, for messages. Raises
-    ValueError for an unknown name, a function that cannot be loaded, and arguments that it does not take.
+    finite number for each completion. A stage asks for the completions of one prompt at a time. ``where`` is the
+    configuration key of ``components``, for messages. Raises ValueError for an unknown name, a function that cannot be
+    loaded, and arguments that it does not take.
     """
 
     def __init__(self, components: dict[str, RewardConfig], *, max_response_tokens: int, where: str = "rewards"):
