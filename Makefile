@@ -20,7 +20,7 @@ BENCH_READY := $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.bench)
 GPU_PYTHON ?= $(BIN)/python
 OWN_PYTHON := $(filter $(BIN)/python,$(GPU_PYTHON))
 
-.PHONY: install quickstart test test-vllm check cuda sanitize bench bench-gpu clean
+.PHONY: install quickstart test test-vllm check cuda sanitize bench bench-rollout bench-gpu clean
 
 install: $(VENV)/.base
 
@@ -54,6 +54,11 @@ sanitize: $(if $(OWN_PYTHON),$(VENV)/.test)
 bench: $(BENCH_READY)
 	$(BENCH_PYTHON) -m bench --suite cpu
 	$(BENCH_PYTHON) -m bench.report
+
+# Rollouts, vLLM's among them, and how long its weights take: in vLLM's environment.
+bench-rollout: $(VENV_VLLM)/.test
+	$(VENV_VLLM)/bin/python -m bench --suite cpu --op rollout --op weight_sync
+	$(VENV_VLLM)/bin/python -m bench.report
 
 bench-gpu: $(BENCH_READY)
 	$(BENCH_PYTHON) -m bench --suite gpu $(if $(OUT),--out $(OUT))
