@@ -30,8 +30,8 @@ from revisual_fast.policy.load import (
 )
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import ranged, span
-from revisual_fast.rollout.build import EngineRoom
-from revisual_fast.rollout.engine import EngineError
+from revisual_fast.rollout.build import EngineRoom, check_rollout
+from revisual_fast.rollout.engine import EngineError, NonFiniteLogits
 from revisual_fast.rollout.session import EngineSession
 from revisual_fast.run_dir import RunDir
 from revisual_fast.seeds import seed_for
@@ -120,6 +120,7 @@ class Curriculum:
         model, device = self.config.model, pick_device(self.config.model.device)
         self.attention = pick_attention(model.attention, device, getattr(torch, model.dtype))
         self.liger = use_liger(model.liger_kernels, device)
+        check_rollout(self.config, device)
         self.records = self._load_data()
         self.run_dir.claim()
         try:
@@ -228,6 +229,8 @@ class Curriculum:
         try:
             self._steps(name, stage, began)
             self._evaluate(stage.policy, name, stage.steps, "heldout")
+        except NonFiniteLogits as error:
+            raise self._diverged(name, stage, error) from None
         except EngineError as error:
             raise self._saved(error, stage) from error
         write_atomically(self.run_dir.model(name), lambda folder: self._export(stage.policy, folder))
@@ -255,14 +258,13 @@ class Curriculum:
         before = stage.state_dict()
         try:
             metrics = stage.run_step()
+        except NonFiniteLogits as error:
+            raise self._diverged(name, stage, error) from None
         except (BadRecordError, EngineError) as error:
             stage.load_state_dict(before)
             raise self._saved(error, stage) from None
         except NonFiniteError as error:
-            good = self.checkpoints.latest() or "none yet"
-            raise NonFiniteError(
-                f"stage {name}, step {stage.steps + 1}: {error}; last good checkpoint: {good}"
-            ) from None
+            raise self._diverged(name, stage, error) from None
         self.state["global_step"] += 1
         place = {"stage": name, "step": stage.steps, "global_step": self.state["global_step"]}
         self.telemetry.step({**place, **metrics})
@@ -273,6 +275,11 @@ class Curriculum:
         if every is not None and stage.steps % every == 0:
             stage.settle()  # the engine does one thing at a time
             self._evaluate(stage.policy, name, stage.steps, "validation")
+
+    def _diverged(self, name: str, stage: Stage, error: Exception) -> NonFiniteError:
+        """What to raise in place of ``error``; nothing is saved, since these weights are of no use."""
+        good = self.checkpoints.latest() or "none yet"
+        return NonFiniteError(f"stage {name}, step {stage.steps + 1}: {error}; last good checkpoint: {good}")
 
     def _saved(self, error: Exception, stage: Stage) -> ValueError:
         """The run is saved where it is; what to raise in place of ``error``."""

@@ -79,7 +79,10 @@ def evaluate_model(config: Config, path: str) -> dict[str, dict[str, Any]]:
         records[name] = load_dataset(dataset, config.data[dataset], bad[name])
     every = [record for part in records.values() for record in part]
     results = {}
-    with TemporaryDirectory() as folder, EngineRoom(config, processor, every, Path(folder) / "vllm.log") as room:
+    with (
+        TemporaryDirectory() as folder,
+        EngineRoom(config, processor, every, Path(folder) / "vllm.log", model=path) as room,
+    ):
         for name in records:
             with room.session(policy).use(policy, 0) as engine:
                 result = evaluate(records[name], config, engine, processor, bad[name])

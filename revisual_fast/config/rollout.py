@@ -45,16 +45,24 @@ class RolloutConfig(Section):
     request_retries: Count = 2
     """Times that a request which failed is sent again, before the run stops and names its record."""
 
+    def for_vllm(self) -> list[str]:
+        """The settings that were given and have an effect on vllm only."""
+        others = {"engine", "async_", "max_batch", "max_cached_tokens"}
+        given = ["async"] if self.async_ != "off" else []
+        return given + [key for key in type(self).model_fields if key in self.model_fields_set - others]
+
     @model_validator(mode="after")
     def _fits(self) -> RolloutConfig:
-        if self.engine == "embedded":
-            for key in ("url", "tensor_parallel", "memory_share", "sleep", "transfer", "check_weights"):
-                if getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(f"{key} is a setting of vllm and has no effect on engine embedded; remove it")
-            if self.async_ != "off":
-                raise ValueError(
-                    "async one_step needs engine vllm: the embedded engine samples from the weights being trained"
-                )
+        if self.engine == "embedded" and self.async_ != "off":
+            raise ValueError(
+                "async one_step needs engine vllm: the embedded engine samples from the weights being trained"
+            )
+        if self.engine == "embedded" and (given := self.for_vllm()):
+            raise ValueError(f"{', '.join(given)}: of vllm, without effect on engine embedded; leave it out")
+        if self.url is not None and "memory_share" in self.model_fields_set:
+            raise ValueError(
+                "memory_share is the server's business (vllm serve --gpu-memory-utilization); leave it out"
+            )
         if self.url is not None and self.transfer == "ipc":
             raise ValueError("transfer ipc reaches an engine process of our own; for a server say nccl or host")
         if self.async_ != "off" and self.sleep in (1, 2):

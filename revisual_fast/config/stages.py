@@ -37,6 +37,10 @@ class SamplingConfig(Section):
     """Where top_p or top_k leave ids out. mask: the trainer's log-probs are those over the ids that sampling kept;
     ignore: over the whole vocabulary, although the completions were not sampled from it."""
 
+    @property
+    def truncated(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0
+
 
 class ObjectiveConfig(Section):
     preset: Literal[
@@ -173,9 +177,17 @@ class GRPOConfig(StageBase):
             raise ValueError("rewards needs a component named accuracy (weight 0 is allowed)")
         return self
 
+    @property
+    def _engine_log_probs(self) -> dict[str, bool]:
+        """What compares the engine's log-probs with the trainer's -> whether it is used."""
+        return {
+            "old_logp: engine": self.old_logp == "engine",
+            "objective.off_policy_mask": self.objective.off_policy_mask is not None,
+        }
+
     @model_validator(mode="after")
     def _replay(self) -> GRPOConfig:
-        truncated = self.sampling.top_p < 1 or self.sampling.top_k > 0
+        truncated = self.sampling.truncated
         full = {
             "objective.kl_coef": self.objective.kl_coef,
             "entropy.start": self.entropy.start,
@@ -186,6 +198,13 @@ class GRPOConfig(StageBase):
             raise ValueError(
                 f"{', '.join(given)}: KL and entropy are over the whole vocabulary, but top_p or top_k leave part of "
                 "it out: say sampling.replay: ignore (log-probs over the whole vocabulary), or top_p: 1 and top_k: 0"
+            )
+        theirs = [key for key, used in self._engine_log_probs.items() if used]
+        if truncated and self.sampling.replay == "ignore" and theirs:
+            raise ValueError(
+                f"{', '.join(theirs)}: the engine's log-probs are over the ids that top_p and top_k kept, the "
+                "trainer's with sampling.replay: ignore over all, so that their ratio is not the policy's: use replay: "
+                "mask, or top_p: 1 and top_k: 0"
             )
         return self
 

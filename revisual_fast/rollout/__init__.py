@@ -58,9 +58,9 @@ def pick_engine(config: RolloutConfig, device: torch.device) -> tuple[Literal["e
     if not problem and device.type == "cuda":
         return "vllm", f"vllm {vllm_version()} is installed and the device is CUDA"
     why = problem or f"the device is {device.type}"
-    if config.async_ != "off":
+    if given := config.for_vllm():
         raise ValueError(
-            f"rollout.async: {config.async_} needs vllm, but auto is the embedded engine here ({why}); "
-            "set rollout.engine to vllm, or rollout.async to off"
+            f"rollout.{', rollout.'.join(given)}: of vllm, but rollout.engine: auto is the embedded engine here "
+            f"({why}); set rollout.engine to vllm, or leave them out"
         )
     return "embedded", why

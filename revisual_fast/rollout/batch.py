@@ -14,7 +14,7 @@ from revisual_fast.packing import Group, Prompt, plan_micro_batches
 from revisual_fast.policy.attention import KeepingPlan
 from revisual_fast.ranges import ranged
 from revisual_fast.rollout.decode import DecodePlan, Prefilled
-from revisual_fast.rollout.engine import EngineError, OnGroup, Rollout, Sampling
+from revisual_fast.rollout.engine import NonFiniteLogits, OnGroup, Rollout, Sampling
 from revisual_fast.rollout.sample import Drawn, sample
 from revisual_fast.seeds import seed_for
 
@@ -42,7 +42,7 @@ class _Sequence:
     def rollout(self, version: int) -> Rollout:
         ids, logp = (torch.cat(x)[: self.length].clone() for x in (self.ids, self.logp))
         if logp.isnan().any():
-            raise EngineError(
+            raise NonFiniteLogits(
                 f"prompt {self.prompt}: the model's logits are not numbers; its weights have diverged or are damaged: "
                 "go back to an earlier checkpoint, with a lower learning rate"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from revisual_fast.data.processor import Processor
 from revisual_fast.data.records import Record
 from revisual_fast.policy.load import pick_device
 from revisual_fast.policy.model import Policy
-from revisual_fast.rollout import pick_engine
+from revisual_fast.rollout import INSTALL, pick_engine, vllm_problem
 from revisual_fast.rollout.engine import Engine
 from revisual_fast.rollout.hf import HFEngine
 from revisual_fast.rollout.messages import EngineSettings
@@ -28,11 +29,19 @@ class EngineRoom:
     goes with it. ``records`` are all that will be asked about, ``log`` is where vllm's output goes.
     """
 
-    def __init__(self, config: Config, processor: Processor, records: Iterable[Record], log: Path):
-        self.config, self.processor, self.log = config, processor, log
+    def __init__(
+        self, config: Config, processor: Processor, records: Iterable[Record], log: Path, *, model: str | None = None
+    ):
+        self.config, self.processor, self.log, self.model = config, processor, log, model or config.start_model
         self.device = pick_device(config.model.device)
         self.kind, self.why = pick_engine(config.rollout, self.device)
+        check_rollout(config, self.device)
         self.images = max((len(record.images) for record in records), default=0)
+        needs = self.images or transfer_kind(config, self.device) == "nccl"
+        if config.rollout.url is not None and needs and (problem := vllm_problem()):
+            raise ValueError(
+                f"rollout.url: a server needs vllm here as well, for images and nccl: {problem}; {INSTALL}"
+            )
         self._session: EngineSession | None = None
 
     def __enter__(self) -> EngineRoom:
@@ -80,7 +89,11 @@ class EngineRoom:
 
         rollout = self.config.rollout
         longest = policy.base.config.get_text_config().max_position_embeddings
-        settings = engine_settings(self.config, self.device, self.images, longest)
+        settings = replace(
+            engine_settings(self.config, self.device, self.images, longest),
+            model=self.model,
+            eos_token_ids=self.processor.eos_token_ids,
+        )
         connection: Connection
         start, stall = rollout.start_seconds, rollout.stall_seconds
         if rollout.url is None:
@@ -91,7 +104,6 @@ class EngineRoom:
                 settings,
                 tokenizer=self.processor.tokenizer,
                 vocab=policy.head_weight.shape[0],
-                eos_token_ids=self.processor.eos_token_ids,
                 start_seconds=start,
                 stall_seconds=stall,
             )
@@ -104,6 +116,38 @@ class EngineRoom:
             request_retries=rollout.request_retries,
             check_weights=rollout.check_weights,
         )
+
+
+def check_rollout(config: Config, device: torch.device) -> None:
+    """Raises ValueError for settings of ``rollout`` that cannot work on ``device`` or with a stage."""
+    rollout = config.rollout
+    kind, _ = pick_engine(rollout, device)
+    if kind == "embedded":
+        return
+    if device.type != "cuda" and rollout.sleep in (1, 2):
+        raise ValueError(f"rollout.sleep: vllm sleeps on CUDA only, the trainer is on {device.type}; set it to off")
+    if device.type != "cuda" and rollout.transfer in ("ipc", "nccl"):
+        raise ValueError(
+            f"rollout.transfer: {rollout.transfer} needs CUDA, the trainer is on {device.type}; set it to host"
+        )
+    _check_sampling(config)
+
+
+def _check_sampling(config: Config) -> None:
+    stages = {name: stage for name in config.curriculum if isinstance(stage := config.stages[name], GRPOConfig)}
+    masked = [name for name, stage in stages.items() if stage.sampling.truncated and stage.sampling.replay == "mask"]
+    for name, stage in stages.items():
+        where = f"stages.{name}.sampling"
+        if stage.sampling.temperature < 0.01:
+            raise ValueError(
+                f"{where}.temperature: vllm samples at 0.01 at least (given: {stage.sampling.temperature})"
+            )
+        if masked and not stage.sampling.truncated:
+            raise ValueError(
+                f"{where}: stage {masked[0]} wants sampling masks, which vllm then returns for every token of the run; "
+                "without top_p or top_k they hold the whole vocabulary: run this stage by itself, or set "
+                f"stages.{masked[0]}.sampling.replay: ignore"
+            )
 
 
 def transfer_kind(config: Config, device: torch.device) -> str:
@@ -135,7 +179,7 @@ def engine_settings(config: Config, device: torch.device, images: int, longest: 
     evaluated = bool(config.evaluation.heldout or config.evaluation.validation)
     lengths = [stage.max_prompt_tokens + stage.max_response_tokens for stage in training]
     lengths += [longest_prompt + config.evaluation.max_response_tokens] if evaluated else []
-    truncated = [s.sampling for s in training if s.sampling.top_p < 1 or s.sampling.top_k > 0]
+    truncated = [s.sampling for s in training if s.sampling.truncated]
     return EngineSettings(
         model=config.start_model,
         dtype=model.dtype,

@@ -11,7 +11,7 @@ from torch import Tensor
 from revisual_fast.packing import Prompt
 from revisual_fast.policy.model import Policy
 
-__all__ = ["Engine", "EngineError", "OnGroup", "RequestError", "Rollout", "Sampling", "Sync"]
+__all__ = ["Engine", "EngineError", "NonFiniteLogits", "OnGroup", "RequestError", "Rollout", "Sampling", "Sync"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ OnGroup = Callable[[int, list[Rollout]], None]
 
 class EngineError(RuntimeError):
     """The engine cannot go on; the message says why and what to change."""
+
+
+class NonFiniteLogits(EngineError):
+    """The model's logits are not numbers: its weights have diverged or are damaged."""
 
 
 class RequestError(EngineError):

@@ -182,6 +182,8 @@ class RemoteEngine:
         if self._running:
             assert self.info is not None
             return self.info
+        if self._closed:
+            raise EngineError("the engine has been closed")
         try:
             info = self.connection.start()
         except EngineLost as lost:
@@ -215,6 +217,11 @@ class RemoteEngine:
         if self._held == self._wanted:
             return Sync()
         policy, version = self._policy(), self._wanted[1]
+        if self.info is not None and self.info.vocab != policy.head_weight.shape[0]:
+            rows = policy.head_weight.shape[0]
+            raise EngineError(
+                f"the engine's model has a vocabulary of {self.info.vocab}, the policy's {rows}: another one"
+            )
         with policy.writing:
             source = WeightSource(policy)
             same = self._held is not None and self._held[0] == self._wanted[0]

@@ -15,14 +15,14 @@ __all__ = ["EngineSession"]
 class EngineSession:
     """``sleep_level`` 0 leaves the engine awake; 1 and 2 as in :meth:`Engine.sleep`.
 
-    ``last`` is the latest weight update, ``awake`` and ``asleep`` are the bytes that the engine held at the end of its
+    ``awake`` and ``asleep`` are the bytes that the engine held at the end of its
     latest use and after it.
     """
 
     def __init__(self, engine: Engine, sleep_level: int = 0):
         self.engine = engine
         self.sleep_level = sleep_level
-        self.last = Sync()
+        self._sent: list[Sync] = []
         self.awake = self.asleep = 0
 
     def update(self, policy: Policy, version: int) -> None:
@@ -30,9 +30,14 @@ class EngineSession:
         with span("weight sync"):
             if self.sleep_level:
                 self.engine.wake_up(["weights"])
-            self.last = self.engine.update_weights(policy, version)
+            self._sent.append(self.engine.update_weights(policy, version))
             if self.sleep_level:
                 self.engine.wake_up(["kv_cache"])
+
+    def taken(self) -> Sync:
+        """All weight updates since this was last asked, added up."""
+        sent, self._sent = self._sent, []
+        return Sync(sum(s.tensors for s in sent), sum(s.bytes for s in sent), sum(s.seconds for s in sent))
 
     @contextmanager
     def use(self, policy: Policy, version: int) -> Iterator[Engine]:

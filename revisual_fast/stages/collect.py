@@ -1,8 +1,8 @@
 """From prompts to groups that are generated and scored: streaming, resampling, and generating one step ahead.
 
-Rewards of a group are computed, in a thread, as soon as its completions are known. Groups that are stagnant can be
-replaced by further prompts. With overlap the batch of the next step is generated while this one trains; it is at most
-one step old, which every rollout says by its ``version``, the number of steps that its weights had been trained.
+Rewards of a group are computed as soon as its completions are known, while an engine elsewhere goes on. Groups that are
+stagnant can be replaced by further prompts. With overlap the batch of the next step is generated while this one trains;
+it is at most one step old, which every rollout says by its ``version``, the number of steps its weights had trained.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from revisual_fast.advantages import stagnation
 from revisual_fast.config import GRPOConfig
 from revisual_fast.data.processor import Example, Processor
 from revisual_fast.policy.model import Policy
-from revisual_fast.ranges import ranged, span
+from revisual_fast.ranges import ranged
 from revisual_fast.rewards import Completion, Rewards, RewardTable
 from revisual_fast.rollout.engine import Engine, EngineError, RequestError, Rollout, Sampling
 from revisual_fast.rollout.session import EngineSession
@@ -51,9 +51,9 @@ class Batch:
     filled: int = 0
     """Groups taken although they are stagnant, as the tries were used up."""
     seconds: float = 0.0
-    """Of generation."""
+    """Of generation, rewards included."""
     reward_seconds: float = 0.0
-    """Spent waiting for rewards when everything was generated."""
+    """Of rewards."""
     end: int = 0
     """Records drawn when it was complete."""
 
@@ -68,8 +68,11 @@ class _Ahead:
 
 
 class Collector:
-    """``draw(count)`` gives further examples, ``position()`` how many records that took so far, ``seed(step, purpose)``
-    the seed of a step."""
+    """For the stage called ``name``.
+
+    ``draw(count)`` gives further examples, ``position()`` how many records that took so far, ``seed(step, purpose)``
+    the seed of a step.
+    """
 
     def __init__(
         self,
@@ -79,15 +82,16 @@ class Collector:
         rewards: Rewards,
         processor: Processor,
         *,
+        name: str,
         draw: Callable[[int], list[Example]],
         position: Callable[[], int],
         seed: Callable[[int, str], int],
         overlap: bool,
     ):
+        self.name = name
         self.session, self.policy, self.stage, self.rewards, self.processor = session, policy, stage, rewards, processor
         self._draw, self.position, self.seed, self.overlap = ranged("data")(draw), position, seed, overlap
         self.ahead: _Ahead | None = None
-        self._scorer = ThreadPoolExecutor(1, "rewards")
         self._generator = ThreadPoolExecutor(1, "rollouts")
 
     def collect(self, step: int, *, last: bool) -> Batch:
@@ -165,10 +169,14 @@ class Collector:
 
     def _round(self, engine: Engine, examples: list[Example], seed: int) -> tuple[list[ScoredGroup], float, float]:
         """One call of the engine; each group is scored while the others are generated."""
-        scores: dict[int, Future[RewardTable]] = {}
+        tables: dict[int, RewardTable] = {}
+        waited = 0.0
 
         def on_group(index: int, rollouts: list[Rollout]) -> None:
-            scores[index] = self._scorer.submit(self._score, examples[index], rollouts)
+            nonlocal waited
+            start = time.perf_counter()
+            tables[index] = self._score(examples[index], rollouts)
+            waited += time.perf_counter() - start
 
         began = time.perf_counter()
         try:
@@ -177,18 +185,26 @@ class Collector:
         except RequestError as error:
             source = examples[error.index].record.source
             raise EngineError(f"{source}: {error.reason} (tried {error.tries} times)") from error
-        generated = time.perf_counter()
-        with span("reward"):
-            tables = [scores[i].result() for i in range(len(examples))]
-        groups = [ScoredGroup(*group) for group in zip(examples, rollouts, tables, strict=True)]
-        return groups, generated - began, time.perf_counter() - generated
+        self._check_masks(rollouts)
+        groups = [ScoredGroup(e, r, tables[i]) for i, (e, r) in enumerate(zip(examples, rollouts, strict=True))]
+        return groups, time.perf_counter() - began, waited
+
+    def _check_masks(self, rollouts: list[list[Rollout]]) -> None:
+        chosen = self.stage.sampling
+        wanted = chosen.truncated and chosen.replay == "mask"
+        if wanted and any(r.mask is None for group in rollouts for r in group):
+            raise EngineError(
+                f"stages.{self.name}.sampling: the engine did not say which ids top_p and top_k kept, so the log-probs "
+                "it sampled with cannot be computed again: set replay to ignore (log-probs over the whole vocabulary), "
+                "or top_p 1 and top_k 0"
+            )
 
     def _sampling(self, seed: int) -> Sampling:
         chosen = self.stage.sampling
         sampling = Sampling(self.stage.max_response_tokens, chosen.temperature, chosen.top_p, chosen.top_k, seed)
         return Sampling(**{**vars(sampling), "masks": sampling.truncated and chosen.replay == "mask"})
 
-    @ranged("score")
+    @ranged("reward")
     def _score(self, example: Example, rollouts: list[Rollout]) -> RewardTable:
         return self.rewards(
             [Completion(self.processor.decode(r.ids), len(r.ids), r.finished, example.record) for r in rollouts]

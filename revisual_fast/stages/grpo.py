@@ -14,7 +14,6 @@ from revisual_fast.data.records import Record
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import ranged
 from revisual_fast.rewards import Rewards, RewardTable
-from revisual_fast.rollout.engine import EngineError
 from revisual_fast.rollout.saved import from_tensors, to_tensors
 from revisual_fast.rollout.session import EngineSession
 from revisual_fast.stages.collect import Batch, Collector, ScoredGroup
@@ -39,6 +38,7 @@ class GRPOStage(PolicyStage):
             stage,
             self.rewards,
             self.processor,
+            name=context.name,
             draw=self.draw,
             position=lambda: self.position,
             seed=lambda step, purpose: self.seed(purpose, step),
@@ -49,7 +49,6 @@ class GRPOStage(PolicyStage):
     def step(self, clock: Stopwatch) -> dict[str, Any]:
         with clock("rollout"):
             batch = self.collector.collect(self.steps, last=self.steps + 1 >= self.total_steps)
-        self._check_masks(batch)
         sequences, metrics = self._select(batch)
         self.differences = []
         with clock("update"):
@@ -60,19 +59,10 @@ class GRPOStage(PolicyStage):
 
     # -- rollout and selection
 
-    def _check_masks(self, batch: Batch) -> None:
-        chosen, where = self.grpo.sampling, f"stages.{self.context.name}.sampling"
-        wanted = chosen.replay == "mask" and (chosen.top_p < 1 or chosen.top_k > 0)
-        if wanted and any(r.mask is None for group in batch.groups for r in group.rollouts):
-            raise EngineError(
-                f"{where}: the engine did not say which ids top_p and top_k kept, so the log-probs it sampled with "
-                "cannot be computed again: set replay to ignore (log-probs over the whole vocabulary), or top_p 1 and "
-                "top_k 0"
-            )
-
     def _engine_metrics(self, batch: Batch, sequences: list[Sequence]) -> dict[str, float]:
         """What the engine did for this step, and how old its weights were."""
         session = self.collector.session
+        sync = session.taken()
         ages = [self.steps - s.rollout.version for s in sequences] or [0]
         return {
             "staleness/mean": statistics.fmean(ages),
@@ -82,9 +72,9 @@ class GRPOStage(PolicyStage):
             "resample/filled": batch.filled,
             "time/generation": batch.seconds,
             "time/reward": batch.reward_seconds,
-            "sync/tensors": session.last.tensors,
-            "sync/gib": session.last.bytes / 2**30,
-            "time/sync": session.last.seconds,
+            "sync/tensors": sync.tensors,
+            "sync/gib": sync.bytes / 2**30,
+            "time/sync": sync.seconds,
             "memory/engine_awake": session.awake / 2**30,
             "memory/engine_asleep": session.asleep / 2**30,
             **{f"engine/{name}": count for name, count in session.engine.counts.items()},
@@ -179,12 +169,14 @@ class GRPOStage(PolicyStage):
         self.settle()
         state, tensors = super().saved()
         ahead = self.collector.ahead
-        if ahead is None or ahead.future.exception() is not None or ahead.step < self.steps:
+        if ahead is None or ahead.future.exception() is not None:
             return state, tensors
+        assert ahead.step == self.steps
         batch = ahead.future.result()
         places = {id(record): i for i, record in enumerate(self.context.records)}
         order = {id(group): i for i, group in enumerate(batch.drawn)}
         state["ahead"] = {
+            "settings": self._sampled_with(),
             "step": ahead.step,
             "start": ahead.start,
             "records": [places[id(group.example.record)] for group in batch.drawn],
@@ -193,6 +185,11 @@ class GRPOStage(PolicyStage):
         }
         rollouts = to_tensors([r for group in batch.drawn for r in group.rollouts])
         return state, tensors | {f"ahead.{name}": tensor for name, tensor in rollouts.items()}
+
+    def _sampled_with(self) -> dict[str, Any]:
+        """The settings that rollouts depend on, as JSON has them."""
+        keys = {"sampling", "rollout_batch", "group_size", "max_response_tokens", "resample", "data"}
+        return self.grpo.model_dump(mode="json", include=keys)
 
     def load_saved(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         ahead = state.get("ahead")
@@ -203,7 +200,9 @@ class GRPOStage(PolicyStage):
         )
         if ahead is None:
             return
-        if not self.collector.overlap:  # it is not wanted any more: draw these prompts again
+        if not self.collector.overlap or ahead["settings"] != self._sampled_with():
+            where = f"{self.context.name}: step {self.steps + 1}"
+            self.context.progress.message(f"{where}: its rollouts were made with other settings and are made again")
             self.position = ahead["start"]
             return
         rollouts = from_tensors({name.removeprefix("ahead."): tensor for name, tensor in mine.items()})

@@ -10,6 +10,7 @@ import torch
 from revisual_fast.config_file import load_config
 from revisual_fast.curriculum import Curriculum, Interrupted, train
 from revisual_fast.policy.model import Policy
+from revisual_fast.rewards import RewardTable
 from revisual_fast.rollout import build as build_module
 from revisual_fast.rollout.build import EngineRoom, engine_settings
 from revisual_fast.rollout.engine import RequestError
@@ -116,6 +117,39 @@ def test_later_updates_take_the_engines_log_probs_too(small_run, monkeypatch):
         assert torch.equal(batch.old_logp, torch.cat([m.rollout.logp for m in members]))
 
 
+def test_the_distance_is_measured_in_later_updates_before_they_train(small_run):
+    """Two updates a step at a high learning rate: the second's old log-probs are still those of the engine."""
+    stage = build_stage(small_run, "rl", "stages.rl.optimizer.lr=1e-2", "stages.rl.pad.mode=off")
+    stage.collector.session.engine = shifted(CopyEngine(stage.processor.eos_token_ids), 0.5)
+    metrics = stage.run_step()
+    assert sum(len(d) for d in stage.differences) == 16 * 8, "every token of the step"
+    assert metrics["mismatch/min"] == pytest.approx(0.5, abs=1e-3)
+    assert metrics["mismatch/max"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_resampled_step_trains_on_its_chosen_groups_and_reports_all(small_run, monkeypatch):
+    """Groups 1, 3, 5 and 7 are right by turns; 0, 2, 4 and 6 are replaced."""
+    stage = build_stage(small_run, "rl", *ON_POLICY, "stages.rl.pad.mode=off", "stages.rl.resample.tries=5")
+    groups = []
+
+    def score(completions) -> RewardTable:
+        groups.append(completions[0].record)
+        accuracy = torch.zeros(len(completions))
+        accuracy[0] = float(len(groups) % 2 == 0)
+        return RewardTable({"accuracy": accuracy}, accuracy, accuracy)
+
+    monkeypatch.setattr(stage.collector, "rewards", score)
+    trained = []
+    active = stage._active
+    monkeypatch.setattr(stage, "_active", lambda share, update: trained.extend(share) or active(share, update))
+    metrics = stage.run_step()
+    assert [s.example.record for s in trained[::4]] == groups[1::2]
+    assert len({s.advantage for s in trained if s.advantage > 0}) == 1, "normalised within groups that differ"
+    assert (metrics["resample/tries"], metrics["resample/groups"], metrics["resample/filled"]) == (3, 8, 0)
+    assert metrics["reward/accuracy"] == pytest.approx(4 / 32), "of everything that was sampled"
+    assert metrics["stagnation/accuracy"] == 0.5
+
+
 def test_sampling_masks_are_replayed(small_run):
     """With them the trainer's log-probs are the engine's; without, it looks at ids that could not be sampled."""
     settings = ("stages.rl.sampling={top_p: 0.6, top_k: 6}",)
@@ -123,6 +157,52 @@ def test_sampling_masks_are_replayed(small_run):
     assert abs(replayed["mismatch/min"]) < 1e-3
     _, ignored = gradients(small_run, 0.0, "stages.rl.sampling={top_p: 0.6, top_k: 6, replay: ignore}")
     assert ignored["mismatch/mean"] < -0.1, "over the whole vocabulary every token is less likely"
+
+
+@pytest.mark.parametrize("change", ["rollout.async=off", "stages.rl.group_size=2", "stages.rl.rollout_batch=2"])
+def test_rollouts_that_were_made_with_other_settings_are_made_again(small_run, tmp_path, copying, monkeypatch, change):
+    """And their prompts are drawn again: no record is left out."""
+    settings = [*AHEAD, "stages.rl.update_batch=2"]
+    step = Curriculum._train_step
+
+    def stop_after_two(self: Curriculum, name: str, stage: Stage) -> None:
+        step(self, name, stage)
+        self.stop.requested = (name, stage.steps) == ("rl", 2)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Curriculum, "_train_step", stop_after_two)
+        with pytest.raises(Interrupted):
+            train(load_config(small_run, settings))
+    resumed = Curriculum(load_config(small_run, [*settings, change]), resume=True, overwrite=False)
+    resumed.start()
+    stage = resumed.build_stage("rl")
+    assert (stage.position, stage.collector.ahead) == (8, None), "two steps of four prompts"
+    stage.run_step()
+
+
+def test_the_batch_ahead_keeps_its_order_through_a_checkpoint(small_run, copying):
+    """Where resampling has put a later group first."""
+    config = load_config(small_run, [*AHEAD, "curriculum=[rl]", "stages.rl.resample.tries=3"])
+    curriculum = Curriculum(config, resume=False, overwrite=True)
+    curriculum.start()
+    stage, calls = curriculum.build_stage("rl"), []
+
+    def score(completions) -> RewardTable:
+        calls.append(completions)
+        accuracy = torch.zeros(len(completions))
+        accuracy[0] = float(len(calls) % 2 == 0)
+        return RewardTable({"accuracy": accuracy}, accuracy, accuracy)
+
+    stage.collector.rewards = score
+    stage.run_step()
+    state, tensors = stage.saved()
+    assert state["ahead"]["groups"] == [1, 3, 5, 7]
+    expected = stage.collector.ahead.future.result()
+    stage.collector.ahead = None
+    stage.load_saved(state, tensors)
+    restored = stage.collector.ahead.future.result()
+    assert [g.example.record for g in restored.groups] == [g.example.record for g in expected.groups]
+    assert len(restored.drawn) == 8
 
 
 def test_an_engine_without_masks_is_refused(small_run):

@@ -53,6 +53,7 @@ def collector(engine=None, *, rewards=None, overlap=False, sleep=0, **settings) 
         policy=None,  # type: ignore[arg-type]  # these engines do not look at it
         stage=config,
         rewards=rewards or accuracy_by(lambda i: True),
+        name="rl",
         processor=SimpleNamespace(decode=lambda ids: str(ids.tolist())),  # type: ignore[arg-type]
         draw=source.draw,
         position=lambda: source.position,
@@ -79,23 +80,24 @@ def test_groups_keep_the_order_of_the_prompts_whichever_finishes_first(order):
 
 
 def test_rewards_begin_while_others_are_still_generated():
-    """The engine does not finish its second group before the first one's rewards are there."""
-    scored = threading.Event()
+    """In the thread that asks, so that a reward may use signals."""
+    events = []
 
     def score(completions) -> RewardTable:
-        scored.set()
+        events.append(("scored", threading.current_thread() is threading.main_thread()))
         return accuracy_by(lambda i: True)(completions)
 
-    class Waiting(ScriptedEngine):
+    class Watched(ScriptedEngine):
         def generate(self, prompts, n, sampling, on_group=None):
-            def after(index, group):
+            def watched(index, group):
+                events.append(("generated", index))
                 on_group(index, group)
-                assert scored.wait(10), "the first group's rewards wait for the last group"
 
-            return super().generate(prompts, n, sampling, after)
+            return super().generate(prompts, n, sampling, watched)
 
-    made, _ = collector(Waiting(), rewards=score)
+    made, _ = collector(Watched(), rewards=score)
     assert len(made.collect(0, last=True).groups) == 4
+    assert events == [x for i in range(4) for x in (("generated", i), ("scored", True))]
 
 
 def test_an_error_of_a_reward_is_not_swallowed():
@@ -198,7 +200,11 @@ def test_a_prompt_that_cannot_be_answered_is_named_by_its_record():
 def test_masks_are_asked_for_where_they_are_replayed(sampling, masks):
     engine = ScriptedEngine()
     made, _ = collector(engine, sampling=sampling)
-    made.collect(0, last=True)
+    if masks:
+        with pytest.raises(EngineError, match=r"stages\.rl\.sampling: the engine did not say .* set replay to ignore"):
+            made.collect(0, last=True)  # this engine does not give any
+    else:
+        made.collect(0, last=True)
     asked = engine.asked[0][1]
     assert (asked.masks, asked.max_tokens) == (masks, 8)
     assert (asked.top_p, asked.top_k) == (sampling.get("top_p", 1.0), sampling.get("top_k", 0))
@@ -210,4 +216,5 @@ def test_a_sleeping_engine_gets_its_weights_back_before_its_cache(tiny_policy):
     with session.use(tiny_policy, 4) as ready:
         assert ready is engine
     assert engine.calls == ["wake ['weights']", "update 4", "wake ['kv_cache']", "sleep 2"]
-    assert (session.last.tensors, session.awake) == (1, 2**30)
+    assert (session.taken().tensors, session.awake) == (1, 2**30)
+    assert session.taken().tensors == 0, "it has been told"

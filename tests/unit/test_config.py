@@ -74,7 +74,7 @@ def small(tmp_path: Path) -> Path:
         ("telemetry.progress=1", "telemetry.progress: Input should be true or false (given: 1)"),
         ("run.dir=5", "run.dir: Input should be a valid string (given: 5)"),
         ("rollout.engine=hf", "rollout.engine: Input should be 'auto', 'embedded' or 'vllm' (given: 'hf')"),
-        ("rollout={engine: embedded, url: 'http://x'}", "rollout: url is a setting of vllm and has no effect"),
+        ("rollout={engine: embedded, url: 'http://x'}", "rollout: url: of vllm, without effect on engine embedded"),
         ("rollout={engine: embedded, async: one_step}", "rollout: async one_step needs engine vllm"),
         ("rollout={engine: vllm, async: one_step}", "stages.rl: with rollout.async: one_step completions are sampled"),
         ("rollout={url: 'http://x', transfer: ipc}", "rollout: transfer ipc reaches an engine process of our own"),
@@ -135,7 +135,7 @@ def test_a_misspelt_stage_or_dataset_gets_the_nearest_name(override, meant):
 def test_the_quickstart_starts_in_its_own_folder():
     config = load_config(CONFIGS / "quickstart.yaml", ["run.dir=elsewhere"])
     assert (config.model.init, config.start_model) == ("tiny-vl", "elsewhere/start")
-    assert [config.stages[name].pad.rho for name in ("mrl", "trl")] == [0.25, 0.25]
+    assert [config.stages[name].pad.rho for name in ("mrl", "trl")] == [0.5, 0.25]
 
 
 @pytest.mark.parametrize("section", ["heldout", "validation"])

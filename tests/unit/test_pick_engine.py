@@ -44,8 +44,9 @@ def test_a_server_is_vllm_wherever_the_trainer_runs(monkeypatch: pytest.MonkeyPa
 
 def test_a_setting_that_needs_vllm_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert picked("0.32.0", monkeypatch, **{"async": "one_step"}).startswith("vllm")
-    with pytest.raises(ValueError, match=r"one_step needs vllm, .* \(the device is cpu\)"):
-        picked("0.32.0", monkeypatch, CPU, **{"async": "one_step"})
+    for given in ({"async": "one_step"}, {"check_weights": True}, {"tensor_parallel": 2}, {"stall_seconds": 5.0}):
+        with pytest.raises(ValueError, match=rf"rollout\.{next(iter(given))}: of vllm, .* \(the device is cpu\)"):
+            picked("0.32.0", monkeypatch, CPU, **given)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ from revisual_fast.policy.model import Policy
 from revisual_fast.rollout.engine import EngineError, RequestError, Sampling, Sync
 from revisual_fast.rollout.messages import Alive, EngineSettings, Finished, Request
 from revisual_fast.rollout.remote import EngineLost, RemoteEngine
+from revisual_fast.rollout.requests import PendingBatch, make_requests
 from revisual_fast.rollout.vllm.process import ProcessConnection
-from tests.engine_child import REFUSED, STUMBLES
+from tests.engine_child import REFUSED, STUMBLES, VOCAB
 from tests.models import tiny
 from tests.processes import gone
 
@@ -37,6 +38,7 @@ class FakeSender:
 
     def __init__(self, connection):
         self.connection = connection
+        self.forgotten = 0
 
     def send(self, source, names, version):
         held = {name: source.fingerprints()[name] for name in sorted(names or source.fingerprints())}
@@ -44,7 +46,7 @@ class FakeSender:
         return Sync(tensors=len(held))
 
     def forget(self):
-        pass
+        self.forgotten += 1
 
 
 class Setup:
@@ -272,6 +274,48 @@ def test_weights_sent_again_are_not_read_while_they_are_written(setup, policy, m
     assert [g[0].version for g in groups] == [3, 3]
 
 
+def test_another_policy_gets_all_its_weights_across(setup, policy):
+    one, other = setup(), Policy(tiny("qwen2"))
+    for parameter in [*policy.model.parameters()][1:]:
+        parameter.requires_grad_(False)
+    try:
+        one.engine.update_weights(policy, 0)
+        assert one.engine.update_weights(policy, 1).tensors < one.engine.update_weights(other, 1).tensors
+        assert one.commands("update_weights")[0] == one.commands("update_weights")[2], "all of it, as the first time"
+    finally:
+        policy.model.requires_grad_(True)
+
+
+def test_a_new_engine_is_a_new_one_to_the_sender(setup, policy):
+    one = setup(("generate:1", "kill"))
+    one.engine.update_weights(policy, 0)
+    one.engine.generate(prompts(1, 2), 1, SAMPLING)
+    assert one.engine.sender.forgotten == 1
+
+
+def test_equal_prompts_of_a_batch_are_answered_differently(setup, policy):
+    requests = make_requests([Prompt(torch.tensor([5, 6]))] * 3, policy.family, seed=1)
+    assert len({request.seed for request in requests}) == 3
+    assert [r.seed for r in make_requests([Prompt(torch.tensor([7]))] * 3, policy.family, 1)] == [
+        r.seed for r in requests
+    ], "they depend on the place alone"
+
+
+def test_a_model_of_another_vocabulary_is_refused(setup, policy):
+    one = setup()
+    larger = Policy(tiny("qwen2"))
+    larger.base.resize_token_embeddings(VOCAB + 1)
+    with pytest.raises(EngineError, match=f"a vocabulary of {VOCAB}, the policy's {VOCAB + 1}"):
+        one.engine.update_weights(larger, 0)
+
+
+def test_how_a_completion_ended_is_handed_on():
+    event = Finished(0, [[1], [2, 3]], [[-1.0], [-1.0, -2.0]], ["stop", "length"])
+    batch = PendingBatch([], 2, SAMPLING, None)
+    batch.finish(event, 0)
+    assert [(r.finish_reason, r.finished) for r in batch.groups[0]] == [("stop", True), ("length", False)]
+
+
 def test_a_policy_is_not_kept_alive(setup):
     one, policy = setup(), Policy(tiny("qwen2"))
     one.engine.update_weights(policy, 0)
@@ -318,7 +362,8 @@ def test_an_engine_ends_with_its_connection(tmp_path):
 
 
 TRAINER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from pathlib import Path
 from tests.blanks import without_torch
 without_torch("revisual_fast.rollout.requests", "revisual_fast.rollout.weights")

@@ -20,7 +20,7 @@ from revisual_fast.rollout.vllm.server_checks import ROUTES, first_difference, s
 from tests.http_engine import BAD, BREAKS, SILENT, Server
 from tests.models import tiny
 
-SETTINGS = EngineSettings("the/model", "float32", "cpu", max_model_len=64, max_batch=8)
+SETTINGS = EngineSettings("the/model", "float32", "cpu", max_model_len=64, max_batch=8, eos_token_ids=(1,))
 WORDS = [f"w{i} " for i in range(64)]
 SAMPLING = Sampling(max_tokens=4, seed=5)
 
@@ -59,7 +59,6 @@ def connect(url: str, settings=SETTINGS, stall_seconds: float = 20.0, start_seco
         settings,
         tokenizer=Tokenizer(words),
         vocab=len(words),
-        eos_token_ids=[1],
         start_seconds=start_seconds,
         stall_seconds=stall_seconds,
     )
@@ -166,6 +165,7 @@ def test_requests_and_answers(serve):
         "max_tokens": 4,
         "logprobs": 0,
         "stop_token_ids": [1],
+        "ignore_eos": True,
     }
     assert params.items() >= wanted.items()
     (greedy,) = connection.generate(requests(10), 3, Sampling(max_tokens=4, temperature=0))

@@ -49,6 +49,7 @@ class Vllm:
             max_model_len=MAX_LENGTH,
             max_batch=64,
             images=2,
+            eos_token_ids=self.processor.eos_token_ids,
             **settings,
         )
         self.connection = ProcessConnection(

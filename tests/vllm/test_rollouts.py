@@ -152,7 +152,11 @@ def test_a_request_that_cannot_be_served_names_its_prompt(vllm: Vllm) -> None:
     broken = dataclasses.replace(vllm.prompts[2], grids=torch.tensor([[1, 4, 4], [1, 2, 4]]))
     with pytest.raises(RequestError, match="image tokens"):
         vllm.generate(Sampling(4), 2, [broken])
-    vllm.greedy(4)  # the engine is well
+    empty = dataclasses.replace(vllm.prompts[0], ids=vllm.prompts[0].ids[:0])
+    with pytest.raises(RequestError, match=r"prompt 1: .*empty.*tried"):  # refused by vLLM itself
+        vllm.generate(Sampling(4), 2, [vllm.prompts[0], empty])
+    vllm.greedy(4)
+    assert vllm.engine.counts["restarts"] == 0, "the engine is well"
 
 
 def test_what_a_cpu_cannot_do_is_refused(vllm: Vllm) -> None:

@@ -55,7 +55,6 @@ class Served(Vllm):
             "settings": self.settings,
             "tokenizer": self.processor.tokenizer,
             "vocab": self.policy.head_weight.shape[0],
-            "eos_token_ids": self.processor.eos_token_ids,
             "start_seconds": 180,
             "stall_seconds": 60,
         }

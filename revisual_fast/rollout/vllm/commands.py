@@ -173,13 +173,15 @@ class Commands:
             if temperature == 0:
                 temperature, top_k = 1.0, 1
             elif top_k == 0:
-                raise Refused("vLLM returns sampling masks where top_k bounds them only; set top_k")
+                top_k = self.engine.model_config.get_vocab_size()  # no bound; top_p leaves few
         return SamplingParams(
             n=n,
             temperature=temperature,
             top_p=1.0 if temperature == 0 else sampling.top_p,
             top_k=0 if temperature == 0 else top_k,
             max_tokens=sampling.max_tokens,
+            stop_token_ids=list(self.settings.eos_token_ids),
+            ignore_eos=True,  # vLLM's own idea of it may be another
             logprobs=0,  # of the sampled token alone
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -196,7 +198,7 @@ class Commands:
         params.seed = request.seed  # completion i takes seed + i
         try:
             self.engine.add_request(str(request.index), engine_input(request), params)
-        except ValueError as error:
+        except _refusals() as error:
             return str(error)
         return ""
 
@@ -243,6 +245,14 @@ def environment(settings: EngineSettings, given: Mapping[str, str]) -> dict[str,
     if len(devices) < first + count:
         raise Refused(f"tensor_parallel {count} from {settings.device} needs more devices than the {len(devices)} here")
     return result | {"CUDA_VISIBLE_DEVICES": ",".join(devices[first : first + count])}
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises for a request that it cannot serve."""
+    from vllm import exceptions
+
+    newer = getattr(exceptions, "VLLMClientError", None)  # since it is no ValueError any more
+    return (ValueError, newer) if newer else (ValueError,)
 
 
 def _stay_alive(said: float, emit: Callable[[Event], None]) -> float:

@@ -55,7 +55,7 @@ class ServerConnection:
     """The :class:`~revisual_fast.rollout.remote.Connection` to the server at ``url``, which nobody here can restart.
 
     The server has to agree with ``settings`` and with the trainer's vocabulary: ``tokenizer``, and ``vocab`` rows of
-    the head; any of ``eos_token_ids`` ends a completion. ``start`` waits ``start_seconds`` for it; it is taken for hung
+    the head; ``start`` waits ``start_seconds`` for it; it is taken for hung
     when it does nothing for ``stall_seconds``.
     """
 
@@ -66,14 +66,18 @@ class ServerConnection:
         *,
         tokenizer: Tokenizer,
         vocab: int,
-        eos_token_ids: Sequence[int],
         start_seconds: float,
         stall_seconds: float,
     ):
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        try:
+            parts = urlsplit(url)
+            usable = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+        except ValueError:  # of the port
+            usable = False
+        if not usable:
             raise ValueError(f"rollout.url: {url!r} is no URL of a server; one is http://localhost:8000")
         self.url, self.settings = url.rstrip("/"), settings
-        self.tokenizer, self.vocab, self.eos = tokenizer, vocab, list(eos_token_ids)
+        self.tokenizer, self.vocab = tokenizer, vocab
         self.start_seconds, self.stall_seconds = start_seconds, stall_seconds
         self._label: str | None = None  # of the weights that were sent to it
         self._flight = Flight(self.url)
@@ -110,6 +114,8 @@ class ServerConnection:
                 if status == 200:
                     return
                 why = f"/health answers {status}"
+                if status < 500:
+                    raise self._unfit([f"{why}: it is no vLLM server"])
             except FAILURES as error:
                 why = str(error) or type(error).__name__
             if time.monotonic() - begin > self.start_seconds:
@@ -251,7 +257,7 @@ class ServerConnection:
             answers.put(error)
 
     def _answer(self, flight: Flight, request: Request, n: int, sampling: Sampling) -> Event:
-        body = generate_body(request, n, sampling, self.settings, self.eos)
+        body = generate_body(request, n, sampling, self.settings, self.vocab)
         if isinstance(body, Failed):
             return body
         try:

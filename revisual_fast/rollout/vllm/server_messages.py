@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from revisual_fast.rollout.engine import Sampling
@@ -13,7 +12,7 @@ __all__ = ["answer_event", "generate_body"]
 
 
 def generate_body(
-    request: Request, n: int, sampling: Sampling, settings: EngineSettings, eos: Sequence[int]
+    request: Request, n: int, sampling: Sampling, settings: EngineSettings, vocab: int
 ) -> dict[str, Any] | Failed:
     """What is sent for ``n`` completions, or why there cannot be any."""
     length = len(request.ids)
@@ -23,11 +22,12 @@ def generate_body(
     greedy = sampling.temperature == 0  # which vLLM does once; the others would be the same
     params: dict[str, Any] = {
         **{"n": 1 if greedy else n, "seed": request.seed, "max_tokens": sampling.max_tokens},
-        **{"temperature": sampling.temperature, "stop_token_ids": list(eos), "logprobs": 0, "detokenize": False},
+        **{"temperature": sampling.temperature, "logprobs": 0, "detokenize": False},
+        **{"stop_token_ids": list(settings.eos_token_ids), "ignore_eos": True},
         **({} if greedy else {"top_p": sampling.top_p, "top_k": sampling.top_k}),
     }
-    if settings.masks and greedy:  # it wants a bound on the mask of every request
-        params |= {"temperature": 1.0, "top_k": 1}
+    if settings.masks:  # it wants a temperature and a bound on the mask of every request
+        params |= {"temperature": 1.0, "top_k": 1} if greedy else {"top_k": sampling.top_k or vocab}
     try:
         features = None if request.pixel_values is None else features_json(request)  # which needs vllm here
     except ValueError as error:
