@@ -25,7 +25,6 @@ class EngineSettings:
     device: str  # "cpu" or "cuda:0", the trainer's device
     max_model_len: int  # prompt and completion
     max_batch: int  # sequences decoded at once
-    eos_token_ids: tuple[int, ...] = ()  # any of them ends a completion, and nothing else does
     tensor_parallel: int = 1
     memory_share: float = 0.5  # of the device, CUDA only
     sleep: bool = False  # whether it will be put to sleep
@@ -33,6 +32,7 @@ class EngineSettings:
     prefix_cache: bool = True
     transfer: Literal["ipc", "nccl", "host"] = "host"
     images: int = 0  # most images of one prompt
+    eos_token_ids: tuple[int, ...] = ()  # any of them ends a completion, and nothing else does
 
 
 @dataclass(frozen=True)

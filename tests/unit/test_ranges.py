@@ -189,8 +189,9 @@ def test_the_phases_of_a_run(tmp_path: Path, tiny_vl: Path) -> None:
     assert step[1] == 1, "the payload is the step's number"
     assert names(step[2]) == ["rollout", "select", "update"]
     rollout = names(inside(step[2], "rollout"))
-    assert (rollout[:3], rollout[-2:]) == (["data", "weight sync", "prefill"], ["collect", "reward"])
-    assert rollout[3:-2] == [name for _ in range(8) for name in ("sample", "decode")][:-1]  # 8 tokens
+    assert (rollout[:3], rollout[-1]) == (["data", "weight sync", "prefill"], "collect")
+    assert names(inside(step[2], "rollout", "collect")) == 4 * ["reward"], "one a group"
+    assert rollout[3:-1] == [name for _ in range(8) for name in ("sample", "decode")][:-1]  # 8 tokens
     assert names(inside(step[2], "rollout", "prefill")) == ["pack", "vision tower", "embeddings", "text tower"]
     update = names(inside(step[2], "update"))
     assert update[:2] == ["old log-probs", "reference log-probs"]
