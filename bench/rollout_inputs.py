@@ -85,6 +85,7 @@ class RolloutInputs:
     def folder(self) -> tempfile.TemporaryDirectory[str]:
         """What an engine process reads: configuration and tokenizer, no weights."""
         folder = tempfile.TemporaryDirectory()
+        self.config.architectures = [type(self.model).__name__]  # which vLLM goes by
         self.config.save_pretrained(folder.name)
         tokenizer = tiny_tokenizer()
         tokenizer.eos_token = None  # vLLM would end at it
