@@ -235,7 +235,7 @@ _FIGURES: dict[str, tuple[str, str, Callable[[Axes, Records, Records], bool]]] =
     "entropy": ("Entropy", "nats per token", _single("policy/entropy", COLOURS[3])),
     "length": ("Response length", "mean tokens", _single("response/length_mean", COLOURS[4])),
     "throughput": ("Throughput", "tokens per second", _draw_throughput),
-    "mismatch": ("Trainer against engine", "log-prob of sampled tokens, trainer minus engine, nats", _draw_mismatch),
+    "mismatch": ("Trainer against engine", "difference of log-probs, nats", _draw_mismatch),
     "grad_norm": ("Gradient norm", "before clipping", _single("optim/grad_norm", COLOURS[6])),
     "loss": ("Cross-entropy", "supervised stages, nats per token", _draw_loss),
 }
