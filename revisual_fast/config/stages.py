@@ -41,6 +41,11 @@ class SamplingConfig(Section):
     def truncated(self) -> bool:
         return self.top_p < 1 or self.top_k > 0
 
+    @property
+    def replayed(self) -> bool:
+        """Whether the trainer needs to know which ids were kept."""
+        return self.truncated and self.replay == "mask"
+
 
 class ObjectiveConfig(Section):
     preset: Literal[
@@ -187,20 +192,19 @@ class GRPOConfig(StageBase):
 
     @model_validator(mode="after")
     def _replay(self) -> GRPOConfig:
-        truncated = self.sampling.truncated
         full = {
             "objective.kl_coef": self.objective.kl_coef,
             "entropy.start": self.entropy.start,
             "entropy.floor": self.entropy.floor,
         }
         given = [key for key, value in full.items() if value]
-        if truncated and self.sampling.replay == "mask" and given:
+        if self.sampling.replayed and given:
             raise ValueError(
                 f"{', '.join(given)}: KL and entropy are over the whole vocabulary, but top_p or top_k leave part of "
                 "it out: say sampling.replay: ignore (log-probs over the whole vocabulary), or top_p: 1 and top_k: 0"
             )
         theirs = [key for key, used in self._engine_log_probs.items() if used]
-        if truncated and self.sampling.replay == "ignore" and theirs:
+        if self.sampling.truncated and not self.sampling.replayed and theirs:
             raise ValueError(
                 f"{', '.join(theirs)}: the engine's log-probs are over the ids that top_p and top_k kept, the "
                 "trainer's with sampling.replay: ignore over all, so that their ratio is not the policy's: use replay: "

@@ -135,7 +135,7 @@ def check_rollout(config: Config, device: torch.device) -> None:
 
 def _check_sampling(config: Config) -> None:
     stages = {name: stage for name in config.curriculum if isinstance(stage := config.stages[name], GRPOConfig)}
-    masked = [name for name, stage in stages.items() if stage.sampling.truncated and stage.sampling.replay == "mask"]
+    masked = [name for name, stage in stages.items() if stage.sampling.replayed]
     for name, stage in stages.items():
         where = f"stages.{name}.sampling"
         if stage.sampling.temperature < 0.01:
@@ -179,7 +179,6 @@ def engine_settings(config: Config, device: torch.device, images: int, longest: 
     evaluated = bool(config.evaluation.heldout or config.evaluation.validation)
     lengths = [stage.max_prompt_tokens + stage.max_response_tokens for stage in training]
     lengths += [longest_prompt + config.evaluation.max_response_tokens] if evaluated else []
-    truncated = [s.sampling for s in training if s.sampling.truncated]
     return EngineSettings(
         model=config.start_model,
         dtype=model.dtype,
@@ -189,7 +188,7 @@ def engine_settings(config: Config, device: torch.device, images: int, longest: 
         tensor_parallel=rollout.tensor_parallel,
         memory_share=rollout.memory_share,
         sleep=sleep_level(config, device) > 0,
-        masks=any(sampling.replay == "mask" for sampling in truncated),
+        masks=any(stage.sampling.replayed for stage in training),
         transfer=transfer_kind(config, device),  # type: ignore[arg-type]
         images=images,
     )

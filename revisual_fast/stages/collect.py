@@ -190,9 +190,7 @@ class Collector:
         return groups, time.perf_counter() - began, waited
 
     def _check_masks(self, rollouts: list[list[Rollout]]) -> None:
-        chosen = self.stage.sampling
-        wanted = chosen.truncated and chosen.replay == "mask"
-        if wanted and any(r.mask is None for group in rollouts for r in group):
+        if self.stage.sampling.replayed and any(r.mask is None for group in rollouts for r in group):
             raise EngineError(
                 f"stages.{self.name}.sampling: the engine did not say which ids top_p and top_k kept, so the log-probs "
                 "it sampled with cannot be computed again: set replay to ignore (log-probs over the whole vocabulary), "
@@ -201,8 +199,8 @@ class Collector:
 
     def _sampling(self, seed: int) -> Sampling:
         chosen = self.stage.sampling
-        sampling = Sampling(self.stage.max_response_tokens, chosen.temperature, chosen.top_p, chosen.top_k, seed)
-        return Sampling(**{**vars(sampling), "masks": sampling.truncated and chosen.replay == "mask"})
+        limit = self.stage.max_response_tokens
+        return Sampling(limit, chosen.temperature, chosen.top_p, chosen.top_k, seed, masks=chosen.replayed)
 
     @ranged("reward")
     def _score(self, example: Example, rollouts: list[Rollout]) -> RewardTable:

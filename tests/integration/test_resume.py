@@ -68,23 +68,32 @@ def uninterrupted(tiny_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder / "run"
 
 
-def test_a_frozen_tower_whose_features_are_kept_continues_exactly(small_run, tmp_path, monkeypatch):
-    """The resumed run has to encode again what the other one still has, in other company."""
-    settings = ["stages.rl.freeze_vision=true", "stages.rl.steps=6"]
-    train(load_config(small_run, [*settings, f"run.dir={tmp_path / 'straight'}"]))
+def train_and_stop(config: Config, steps: int) -> None:
+    """Train as far as step ``steps`` of the stage rl, where the run is asked to stop."""
     step = Curriculum._train_step
 
-    def stop_after_three(self: Curriculum, name: str, stage: Stage) -> None:
+    def watched(self: Curriculum, name: str, stage: Stage) -> None:
         step(self, name, stage)
-        self.stop.requested = (name, stage.steps) == ("rl", 3)
+        self.stop.requested = (name, stage.steps) == ("rl", steps)
 
-    broken = load_config(small_run, [*settings, f"run.dir={tmp_path / 'broken'}"])
-    with monkeypatch.context() as patched:
-        patched.setattr(Curriculum, "_train_step", stop_after_three)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Curriculum, "_train_step", watched)
         with pytest.raises(Interrupted):
-            train(broken)
+            train(config)
+
+
+def assert_continues_exactly(path: Path, folder: Path, settings: list[str]) -> None:
+    """A run that is stopped after three steps of the stage rl and resumed is one that is not stopped."""
+    train(load_config(path, [*settings, f"run.dir={folder / 'straight'}"]))
+    broken = load_config(path, [*settings, f"run.dir={folder / 'broken'}"])
+    train_and_stop(broken, 3)
     train(broken, resume=True)
-    assert_same_run(tmp_path / "straight", tmp_path / "broken")
+    assert_same_run(folder / "straight", folder / "broken")
+
+
+def test_a_frozen_tower_whose_features_are_kept_continues_exactly(small_run, tmp_path):
+    """The resumed run has to encode again what the other one still has, in other company."""
+    assert_continues_exactly(small_run, tmp_path, ["stages.rl.freeze_vision=true", "stages.rl.steps=6"])
 
 
 @pytest.mark.parametrize("at", [6, 14], ids=["after no rl checkpoint", "after one"])  # of 4 groups a step

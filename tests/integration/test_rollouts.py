@@ -8,17 +8,16 @@ import pytest
 import torch
 
 from revisual_fast.config_file import load_config
-from revisual_fast.curriculum import Curriculum, Interrupted, train
+from revisual_fast.curriculum import Curriculum, train
 from revisual_fast.policy.model import Policy
 from revisual_fast.rewards import RewardTable
 from revisual_fast.rollout import build as build_module
 from revisual_fast.rollout.build import EngineRoom, engine_settings
 from revisual_fast.rollout.engine import RequestError
 from revisual_fast.stages import updates
-from revisual_fast.stages.stage import Stage
 from revisual_fast.telemetry import read_jsonl
 from tests.engines import CopyEngine
-from tests.integration.test_resume import assert_same_run
+from tests.integration.test_resume import assert_continues_exactly, assert_same_run, train_and_stop
 from tests.integration.test_stages import ON_POLICY, build_stage, capture_gradients
 
 AHEAD = ["rollout.engine=vllm", "rollout.async=one_step", "stages.rl.objective.rollout_correction=truncate"]
@@ -160,19 +159,10 @@ def test_sampling_masks_are_replayed(small_run):
 
 
 @pytest.mark.parametrize("change", ["rollout.async=off", "stages.rl.group_size=2", "stages.rl.rollout_batch=2"])
-def test_rollouts_that_were_made_with_other_settings_are_made_again(small_run, tmp_path, copying, monkeypatch, change):
+def test_rollouts_that_were_made_with_other_settings_are_made_again(small_run, copying, change):
     """And their prompts are drawn again: no record is left out."""
     settings = [*AHEAD, "stages.rl.update_batch=2"]
-    step = Curriculum._train_step
-
-    def stop_after_two(self: Curriculum, name: str, stage: Stage) -> None:
-        step(self, name, stage)
-        self.stop.requested = (name, stage.steps) == ("rl", 2)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Curriculum, "_train_step", stop_after_two)
-        with pytest.raises(Interrupted):
-            train(load_config(small_run, settings))
+    train_and_stop(load_config(small_run, settings), 2)
     resumed = Curriculum(load_config(small_run, [*settings, change]), resume=True, overwrite=False)
     resumed.start()
     stage = resumed.build_stage("rl")
@@ -227,24 +217,11 @@ def test_one_step_ahead_says_how_old_every_sample_is(small_run, tmp_path, copyin
     assert engine.calls[-1] == "close"
 
 
-def test_a_run_that_is_one_step_ahead_continues_exactly(small_run, tmp_path, copying, monkeypatch):
+def test_a_run_that_is_one_step_ahead_continues_exactly(small_run, tmp_path, copying):
     """The batch under way is part of the checkpoint: weights to sample it again with are gone."""
     settings = [*AHEAD, "stages.rl.resample={tries: 1}", "stages.rl.sampling.top_k=9", "stages.rl.sampling.top_p=0.9"]
     settings += ["stages.rl.objective.kl_coef=0", "stages.rl.entropy.start=0"]
-    train(load_config(small_run, [*settings, f"run.dir={tmp_path / 'straight'}"]))
-    step = Curriculum._train_step
-
-    def stop_after_three(self: Curriculum, name: str, stage: Stage) -> None:
-        step(self, name, stage)
-        self.stop.requested = (name, stage.steps) == ("rl", 3)
-
-    broken = load_config(small_run, [*settings, f"run.dir={tmp_path / 'broken'}"])
-    with monkeypatch.context() as patched:
-        patched.setattr(Curriculum, "_train_step", stop_after_three)
-        with pytest.raises(Interrupted):
-            train(broken)
-    train(broken, resume=True)
-    assert_same_run(tmp_path / "straight", tmp_path / "broken")
+    assert_continues_exactly(small_run, tmp_path, settings)
 
 
 def test_an_engine_that_gives_up_saves_the_run(small_run, tmp_path, copying, monkeypatch):
