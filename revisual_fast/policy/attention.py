@@ -61,10 +61,19 @@ def packed_attention(
     if packed is None:
         raise ValueError(f"attention {NAME!r} needs packed=<plan>; to use this model elsewhere, reload it from disk")
     layer: Any = module.layer_idx
+    query, key, value = as_autocast(query, key, value)
     return packed.attend(layer, query, key, value, scaling), None
 
 
 AttentionInterface.register(NAME, packed_attention)
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``tensors`` in autocast's dtype where it is on: a rotation in fp32 has widened queries and keys, not values."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
 
 
 def attention_problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -58,6 +58,12 @@ class Policy:
         return self.family.head.bias
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """What products are computed in: autocast's dtype where it is on, else the head's."""
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head_weight.dtype
+
+    @property
     def vision_trained(self) -> bool:
         """Whether the model has a vision tower with something to train in it."""
         visual = self.family.visual
@@ -171,7 +177,7 @@ class Policy:
 
     def plan(self, batch: PackedBatch) -> AttentionPlan:
         """How the rows of ``batch`` attend."""
-        return make_plan(self.attention, batch.segments, self.device, self.head_weight.dtype)
+        return make_plan(self.attention, batch.segments, self.device, self.compute_dtype)
 
     @ranged("forward")
     def hidden(self, batch: PackedBatch) -> Tensor:

@@ -85,6 +85,10 @@ class Family:
     def head(self) -> nn.Linear:
         return self.model.lm_head
 
+    def attentions(self) -> list[Any]:
+        """Every attention module of the model; each has a ``config``."""
+        return [layer.self_attn for layer in self.text.layers]
+
     def norms(self) -> list[Any]:
         """Every RMSNorm of the model; each has ``weight`` and ``variance_epsilon``."""
         return [module for module in self.model.modules() if type(module) is type(self.text.norm)]

@@ -45,6 +45,9 @@ class VisionLanguage(Family):
     def text(self) -> Any:
         return self.model.model.language_model
 
+    def attentions(self) -> list[Any]:
+        return [*super().attentions(), *(block.attn for block in self.visual.blocks)]
+
     def _tower(self, pixel_values: Tensor, grids: Tensor) -> Any:
         """The tower's output: pixel_values [patches, C], grids [I, 3] on the CPU."""
         tower = self.visual
