@@ -1,0 +1,206 @@
+"""Training runs of TRL's trainer on a tiny Qwen2.5-VL, stock and fast, on the same rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.models import build, tiny_config
+
+WORDS = ["<pad>", "<eos>", "<im_start>", "<im_end>", "<unk>", "<|image_pad|>", "<|video_pad|>"]
+WORDS += ["<|vision_start|>", "<|vision_end|>", *(f"w{i}" for i in range(64 - 9))]
+TEMPLATE = (
+    "{% for m in messages %}<im_start> {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|> <|image_pad|> <|vision_end|>"
+    "{% else %} {{ c['text'] }}{% endif %}{% endfor %}{% endif %} <im_end> {% endfor %}"
+)
+
+
+def tokenizer() -> Any:
+    """Words of the tiny models' 64 ids, split at spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+    made.add_special_tokens({"additional_special_tokens": [w for w in WORDS if w.startswith("<|")]})
+    made.chat_template = TEMPLATE
+    return made
+
+
+def processor() -> Any:
+    """Qwen2.5-VL's processor around that tokenizer."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil, Qwen2VLVideoProcessor
+
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 6, patch_size=14),
+        tokenizer=tokenizer(),
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=TEMPLATE,
+    )
+
+
+def dataset(images: bool, n: int = 6) -> Any:
+    from datasets import Dataset
+    from PIL import Image
+
+    rng = torch.Generator().manual_seed(7)
+    rows = []
+    for i in range(n):
+        words = " ".join(f"w{int(j)}" for j in torch.randint(55, (3 + i,), generator=rng))
+        row: dict[str, Any] = {"prompt": [{"role": "user", "content": words}]}
+        if images:
+            size = (28 * (1 + i % 3), 28 * (1 + i % 2))
+            noise = torch.randint(256, (size[1], size[0], 3), generator=rng, dtype=torch.uint8)
+            row["image"] = Image.fromarray(noise.numpy())
+        rows.append(row)
+    return Dataset.from_list(rows)
+
+
+def reward(completions: list[Any], **_: Any) -> list[float]:
+    """How many different words there are, with a slope, so that advantages differ."""
+    texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
+    return [len(set(text.split())) + 0.1 * len(text) for text in texts]
+
+
+@dataclass
+class Rollouts:
+    """Completions of a first run, for a second one."""
+
+    made: list[tuple[list[list[int]], Any]] = field(default_factory=list)
+    replay: bool = False
+
+
+def replaying(trainer_class: type, rollouts: Rollouts, logprobs: bool = False) -> type:
+    """The class, its completions recorded or replayed; they have many lengths. ``logprobs``: with those of an engine
+    that is a little off."""
+
+    class Replaying(trainer_class):
+        turn = 0
+
+        def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+            if not rollouts.replay:
+                use, self.use_vllm = self.use_vllm, False
+                ids, _ = super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+                self.use_vllm = use
+                ids = [[*row[: 2 + (5 * i) % 9], 1] for i, row in enumerate(ids)]
+                rng = torch.Generator().manual_seed(len(rollouts.made))
+                noisy = [(-4.2 + 0.3 * torch.randn(len(row), generator=rng)).tolist() for row in ids]
+                rollouts.made.append((ids, noisy if logprobs else None))
+            made = rollouts.made[self.turn]
+            self.turn += 1
+            return made
+
+    return Replaying
+
+
+@dataclass
+class Run:
+    """What a run left behind."""
+
+    losses: list[float]
+    metrics: dict[str, list[float]]
+    gradients: list[dict[str, Tensor]]  # of every optimizer step
+    weights: dict[str, Tensor]
+    trainer: Any
+
+
+NOT_COMPARED = ("step_time", "profiling/", "num_tokens", "train_runtime")
+
+
+def train(
+    trainer_class: type,
+    folder: Path,
+    rollouts: Rollouts,
+    *,
+    images: bool = True,
+    model: Any = None,
+    steps: int = 3,
+    engine: bool = False,
+    peft: Any = None,
+    more: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Run:
+    """``steps`` optimizer steps of the trainer in fp32 on the CPU; ``more`` are keywords of the constructor."""
+    from transformers import TrainerCallback
+    from trl import GRPOConfig
+
+    model = model if model is not None else saved(tiny_config("qwen2_5_vl" if images else "qwen2"), folder)
+    gradients: list[dict[str, Tensor]] = []
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            named = kwargs["model"].named_parameters()
+            gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    common: dict[str, Any] = {
+        **{"output_dir": str(folder), "report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True},
+        **{"bf16": False, "max_steps": steps, "logging_steps": 1, "learning_rate": 1e-3, "seed": 3},
+        **{"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 10, "temperature": 0.9},
+        "max_grad_norm": 1e9,
+        "generation_kwargs": {"suppress_tokens": [5, 6, 7, 8]},  # those of images and videos
+    }
+    config = GRPOConfig(**{**common, **settings})
+    made = replaying(trainer_class, rollouts, engine)(
+        model=model,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=dataset(images),
+        processing_class=processor() if images else tokenizer(),
+        callbacks=[Keep()],
+        peft_config=peft,
+        **(more or {}),
+    )
+    if engine:
+        as_with_vllm(made)
+    made.train()
+    rollouts.replay = True
+    history = made.state.log_history
+    names = {n for entry in history for n in entry if not n.startswith(NOT_COMPARED)}
+    metrics = {n: [entry[n] for entry in history if n in entry] for n in names}
+    weights = {n: p.detach().clone() for n, p in made.model.named_parameters()}
+    return Run([entry["loss"] for entry in history if "loss" in entry], metrics, gradients, weights, made)
+
+
+def saved(config: Any, folder: Path) -> Any:
+    """A model that has been on disk, so that TRL can load its reference from there."""
+    model = build(config, 0.1)
+    model.save_pretrained(folder / "model")
+    return type(model).from_pretrained(folder / "model", dtype=torch.float32)
+
+
+def as_with_vllm(trainer: Any) -> None:
+    """Where TRL has log-probs of an engine and corrects for it."""
+    trainer.use_vllm = True
+    if hasattr(trainer, "_objective"):  # the settings have changed since the constructor read them
+        trainer.settings_changed()
+
+
+def differences(found: Run, wanted: Run) -> dict[str, float]:
+    """Largest relative differences of losses, metrics and gradients: of a gradient's norm, and of all values else."""
+    assert found.metrics.keys() == wanted.metrics.keys()
+    assert len(found.gradients) == len(wanted.gradients)
+    out = {"loss": worst(found.losses, wanted.losses)}
+    out |= {name: worst(found.metrics[name], values) for name, values in wanted.metrics.items()}
+    out["gradients"] = 0.0
+    for ours, theirs in zip(found.gradients, wanted.gradients, strict=True):
+        assert ours.keys() == theirs.keys()
+        scale = max(float(g.norm()) for g in theirs.values())
+        for name, g in theirs.items():
+            out["gradients"] = max(out["gradients"], float((ours[name] - g).norm()) / max(float(g.norm()), 1e-4 * scale))
+    return out
+
+
+def worst(found: list[Any], wanted: list[Any]) -> float:
+    """Relative to the largest of ``wanted``."""
+    a, b = torch.tensor(found, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
+    assert a.shape == b.shape
+    assert torch.equal(a.isnan(), b.isnan())
+    return float((a - b).nan_to_num().abs().max() / b.nan_to_num().abs().max().clamp(min=1e-12))
