@@ -20,17 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface
-from transformers.vision_utils import (
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
+from transformers import AttentionInterface, vision_utils
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 __all__ = ["NAME", "TowerInputs", "Windows", "window_attention"]
 
 NAME = "revisual_flash_windows"
 """transformers hands whole rows to an attention function whose name contains "flash", and to no other."""
+TAPS_FIRST = not hasattr(vision_utils, "get_vision_interpolation_indices_and_weights")
+"""transformers up to 5.16: a table's indices and weights are [4, patches] there and have other names."""
 SHAPES = 128
 """Shapes of images whose indices are kept; an image of 1024 patches takes 70 KB at most."""
 
@@ -49,6 +47,7 @@ class Windows:
         sizes, counts = by_length.unique_consecutive(return_counts=True)
         self.buckets = list(zip(counts.tolist(), sizes.tolist(), strict=True))  # (windows, patches of each)
         self.longest = int(by_length[-1])
+        self.bounds = F.pad(length.cumsum(0), (1, 0))  # [windows + 1] int64, on the host
         self.order: Tensor | None = None
         if not torch.equal(windows, torch.arange(len(length))):
             start = (length.cumsum(0) - length)[windows]
@@ -66,6 +65,10 @@ class Windows:
             parts.append(F.scaled_dot_product_attention(a, b, c, scale=scaling).transpose(1, 2).flatten(0, 1))
         out = torch.cat(parts) if len(parts) > 1 else parts[0]
         return out[None] if self.order is None else _Permute.apply(out, self.back, self.order)[None]
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Of the bounds: transformers up to 5.16 computes the longest window from ``cu_seqlens`` in every layer."""
+        return self.bounds[part]
 
     def _sorted(self, rows: Tensor) -> Tensor:
         return rows if self.order is None else _Permute.apply(rows, self.order, self.back)
@@ -142,8 +145,10 @@ class TowerInputs:
             parts = [s.window_index + f for s, f in zip(shapes, [0, *first.tolist()[:-1]], strict=True)]
             tensors["window_index"] = torch.cat(parts)
         if self.table_side is not None:
-            tensors["interp_indices"] = torch.cat([s.interp_indices for s in shapes])
-            tensors["interp_weights"] = torch.cat([s.interp_weights for s in shapes])
+            taps = [torch.cat([s.interp_indices for s in shapes]), torch.cat([s.interp_weights for s in shapes])]
+            kind = "bilinear" if TAPS_FIRST else "interp"
+            for name, tap in zip(("indices", "weights"), taps, strict=True):
+                tensors[f"{kind}_{name}"] = tap.T.contiguous() if TAPS_FIRST else tap
         return inputs | {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
     def _shape(self, t: int, h: int, w: int) -> _Shape:
@@ -152,9 +157,18 @@ class TowerInputs:
         if self.window is not None:
             index, bounds = get_vision_window_index(grid, self.merge, self.window, self.patch)
         if self.table_side is not None:
-            taps = get_vision_interpolation_indices_and_weights(
-                grid, self.table_side, mode="bilinear", align_corners=True, spatial_merge_size=self.merge
-            )
+            taps = _taps(grid, self.table_side, self.merge)
         return _Shape(
             (h * w,) * t, get_vision_position_ids(grid, self.merge), index, tuple(bounds.diff().tolist()), *taps
         )
+
+
+def _taps(grid: Tensor, side: int, merge: int) -> tuple[Tensor, Tensor]:
+    """Entries of a square table that an image's patches are interpolated from, and their weights, [patches, 4] each."""
+    utils: Any = vision_utils
+    if TAPS_FIRST:
+        indices, weights = utils.get_vision_bilinear_indices_and_weights(grid, side, merge)
+        return indices.T, weights.T
+    return utils.get_vision_interpolation_indices_and_weights(
+        grid, side, mode="bilinear", align_corners=True, spatial_merge_size=merge
+    )
