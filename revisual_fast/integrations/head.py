@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 INSTEAD = "call it without score=True and take the log-probs from its logits"
@@ -111,7 +112,11 @@ def head_of(base: Any) -> Any:
 
 
 def gathered(head: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias as plain tensors, whole; a DTensor's gradient goes back to its shards."""
+    """Weight and bias as plain tensors, whole.
+
+    Under FSDP2 they are already, inside the forward pass of the module that gathers them. Another DTensor is taken for
+    one of tensor parallelism: every rank has the same rows, and its share of their gradient.
+    """
     parts = []
     for name in ("weight", "bias"):
         part = getattr(head, name)
@@ -119,6 +124,11 @@ def gathered(head: Any) -> tuple[Tensor, Tensor | None]:
             raise ValueError("the head is offloaded (meta device): keep it on a device, device_map={'lm_head': 0, ...}")
         if hasattr(part, "ds_id"):
             raise ValueError(f"DeepSpeed ZeRO stage 3 has partitioned the head's {name}: use stage 2, or FSDP2")
+        if hasattr(part, "full_tensor") and isinstance(head, FSDPModule):
+            raise ValueError(
+                "the head is sharded again after its own forward pass: leave it to the model's fully_shard, or "
+                "fully_shard(head, reshard_after_forward=False)"
+            )
         parts.append(part.full_tensor() if hasattr(part, "full_tensor") else part)
     if parts[0].shape != (head.out_features, head.in_features):
         raise ValueError(
