@@ -9,9 +9,7 @@ from pathlib import Path
 
 import torch
 
-import revisual_fast
-
-LIBRARY = Path(revisual_fast.__file__).parent / "_C.abi3.so"
+LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 BUILD = "run `make cuda` in a checkout, or `pip install --no-build-isolation .`, with nvcc on PATH"
 
 

@@ -6,7 +6,6 @@ A backend is a module with three functions that launch a kernel each: ``statisti
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +39,13 @@ def check_layout(*tensors: Tensor | None) -> None:
 
 def row_kernels(backend: str) -> Any:
     """The module of a backend, ``triton`` or ``cuda``."""
-    return importlib.import_module(f"revisual_fast.kernels.rows_{backend}")
+    if backend == "cuda":
+        from revisual_fast.kernels import rows_cuda
+
+        return rows_cuda
+    from revisual_fast.kernels import rows_triton
+
+    return rows_triton
 
 
 class KernelChunk:

@@ -26,6 +26,8 @@ from revisual_fast.objective_metrics import metric_names, policy_metrics
 from revisual_fast.ranges import ranged
 
 TOKEN_FIELDS = tuple(f.name for f in fields(TokenBatch))
+NAMESPACE = __name__.partition(".")[0]
+"""Of the ops: the package's name, so that copies of it under other names do not collide."""
 
 
 class FusedOp:
@@ -37,7 +39,7 @@ class FusedOp:
         name, schema = function.__name__, torch.library.infer_schema(function, mutates_args=mutates_args)
         self.function = ranged(f"revisual_fast.{name}")(function)
         self.op = torch.library.custom_op(
-            f"revisual_fast::{name}", self.function, mutates_args=mutates_args, schema=schema
+            f"{NAMESPACE}::{name}", self.function, mutates_args=mutates_args, schema=schema
         )
         self.register_fake = self.op.register_fake
 
@@ -416,19 +418,21 @@ def _(rows, targets, temperature, softcap, mask_indptr, mask_indices, tokens, ob
 
 # FLOPs, for torch.utils.flop_counter: every row active, every part in one chunk; of a replay, only the kept columns
 
+_OPS = getattr(torch.ops, NAMESPACE)
 
-@register_flop_formula(torch.ops.revisual_fast.linear_policy_loss)
+
+@register_flop_formula(_OPS.linear_policy_loss)
 def _linear_policy_loss_flops(hidden, weight, *args, out_shape=None, **kwargs) -> int:
     mask, needs = args[5], args[9]
     return _products(hidden, weight, mask) * (1 + sum(needs[:2]))
 
 
-@register_flop_formula(torch.ops.revisual_fast.linear_logprob)
+@register_flop_formula(_OPS.linear_logprob)
 def _linear_logprob_flops(hidden, weight, *args, out_shape=None, **kwargs) -> int:
     return _products(hidden, weight, args[5])
 
 
-@register_flop_formula(torch.ops.revisual_fast.linear_logprob_backward)
+@register_flop_formula(_OPS.linear_logprob_backward)
 def _linear_logprob_backward_flops(d_logp, d_entropy, hidden, weight, *args, out_shape=None, **kwargs) -> int:
     mask, saved, needs = args[5], args[6], args[8]
     return _products(hidden, weight, mask) * ((len(saved) != 2) + sum(needs[:2]))
