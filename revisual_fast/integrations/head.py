@@ -31,10 +31,13 @@ class Seen:
     def __init__(self, head: nn.Linear) -> None:
         self.hidden: list[Tensor] = []
         self.probe = torch.empty(0)
+        self.autocast: torch.dtype | None = None  # the dtype in which the head would have multiplied
         self.head = head
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self.hidden.append(hidden)
+        device = hidden.device.type
+        self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
         self.probe = torch.linspace(-50, 50, self.head.out_features, dtype=dtype, device=hidden.device)
         self.probe[0], self.probe[-1] = TINY, HUGE

@@ -83,8 +83,6 @@ def unaccelerate_scoring(model: Any) -> Any:
 
 def _scoring_forward(base: Any) -> Callable[..., Any]:
     """The method; it holds no model, so that it can be bound to a copy as well."""
-    signature = inspect.signature(base.forward)
-    names = signature.parameters
 
     def forward(self: Any, *args: Any, score: bool = False, **kwargs: Any) -> Any:
         before = vars(self)["_forward_before_scoring"]
@@ -95,8 +93,6 @@ def _scoring_forward(base: Any) -> Callable[..., Any]:
         if labels is None or labels.ndim != 2:
             raise ValueError("score=True needs labels=[B, T] int64, -100 where a token does not count")
         temperature, items = kwargs.pop("temperature", 1.0), kwargs.pop("num_items_in_batch", None)
-        if "use_cache" in names:
-            kwargs.setdefault("use_cache", False)
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         out = _score(self, run, targets, args, kwargs, (temperature, *vars(self)["_scoring_options"]))
         logp, entropy = (nn.functional.pad(out[name][:, :-1], (1, 0)) for name in ("logp", "entropy"))
@@ -105,9 +101,14 @@ def _scoring_forward(base: Any) -> Callable[..., Any]:
         return ScoringOutput(**{**out, "loss": loss, "logp": logp, "entropy": entropy})
 
     forward._scores = True  # type: ignore[attr-defined]
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = signature.replace(parameters=[own, *names.values()])  # type: ignore[attr-defined]
-    return forward
+    return _with_signature(forward, base.forward)
+
+
+def _with_signature(method: Any, of: Any) -> Any:
+    """Trainers and generation look at a model's signature to know what they may pass."""
+    signature, own = inspect.signature(of), inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    method.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])
+    return method
 
 
 def score_tokens(
@@ -134,7 +135,7 @@ def score_tokens(
         kwargs.pop("labels", None)
         return _score(self, run, targets, args, kwargs, options)
 
-    with placed(base, types.MethodType(forward, base)):
+    with placed(base, types.MethodType(_with_signature(forward, run), base)):
         return model(*args, **inputs)
 
 
@@ -144,6 +145,8 @@ def _score(
     """The model's forward pass up to its head, then log-probs and entropies of ``targets``."""
     head, (temperature, backend, logits_dtype) = head_of(base), options
     seen = Seen(head)
+    if "use_cache" in inspect.signature(run).parameters:
+        kwargs.setdefault("use_cache", False)
     with placed(head, seen):
         try:
             out = run(*args, **{**kwargs, "return_dict": True})
@@ -166,7 +169,7 @@ def _score(
     on_device = rows.to(weight.device, non_blocking=True)
     wanted = targets.to(weight.device, non_blocking=True).flatten()[on_device]
     found = linear_logprob(
-        _rows(hidden, rows, weight),
+        _rows(hidden, rows, seen.autocast).to(weight.device),
         weight,
         wanted,
         bias=bias,
@@ -183,10 +186,7 @@ def _spread(values: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
     return values.new_zeros(shape.numel()).index_put((rows,), values).view(shape)
 
 
-def _rows(hidden: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """``[N, D]``, on the head's device, in the dtype in which the model would have multiplied."""
-    device = hidden.device.type
+def _rows(hidden: Tensor, rows: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``[N, D]``, in the dtype in which the model would have multiplied."""
     picked = gather_rows(hidden.flatten(0, -2), rows.to(hidden.device, non_blocking=True))
-    if torch.is_autocast_enabled(device):
-        picked = picked.to(torch.get_autocast_dtype(device))
-    return picked.to(weight.device)
+    return picked if dtype is None else picked.to(dtype)

@@ -164,3 +164,7 @@ def test_autocast(weights: torch.dtype) -> None:
     assert got["logp"].dtype == torch.float32
     for name, value in got.items():
         assert relative_error(value, truth[name]) <= max(2 * relative_error(wanted[name], truth[name]), 2**-7), name
+    unaccelerate_scoring(model)
+    model.forward = types.MethodType(torch.autocast("cpu", torch.bfloat16)(type(model).forward), model)
+    within = accelerate_scoring(model)(**x, score=True)  # as accelerate prepares a model
+    assert torch.equal(within.logp, out.logp)
