@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ import revisual_fast
 from revisual_fast.ops import OPS
 
 ROOT = Path(__file__).parents[3]
+PACKAGE = ROOT / "revisual_fast"
+PAGES = ("docs/integrations/hub.md", "hub/README.md")
 EXAMPLE = ROOT / "examples" / "hub_kernel.py"
 VARIANT = Path("build/torch-universal")
 ALLOWED = {"torch", "triton", "nvtx"}  # nvtx where ranges are asked for
@@ -56,17 +59,17 @@ def tree(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, cwd: Path | str = "/", **environment: str) -> subprocess.CompletedProcess[str]:
     """A Python process that finds installed packages only, neither the repository nor the folder it runs in."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "LOCAL_KERNELS")}
     clean |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     command = [sys.executable, "-P", *map(str, arguments)]
-    return subprocess.run(command, env=clean, cwd="/", capture_output=True, text=True)
+    return subprocess.run(command, env=clean, cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("hub") / "revisual-fast"
+    out = tmp_path_factory.mktemp("hub") / "build/hub/revisual-fast"
     make_hub.lay_out(out)
     return out
 
@@ -109,6 +112,19 @@ def test_only_what_the_ops_need_is_in_it(directory: Path) -> None:
         path for path in there if path.startswith(("policy/", "stages/", "rollout/", "config", "kernels/shared_"))
     }
     assert not {path for path in there if path.endswith((".so", ".cu", ".pyc"))}
+
+
+def test_the_copies_are_the_originals_but_for_their_imports(directory: Path) -> None:
+    """And for one sentence, which says how the CUDA kernels are had."""
+    variant, different = directory / VARIANT, []
+    for path in sorted(variant.rglob("*.py")):
+        inside = path.relative_to(variant)
+        if str(inside) not in ("__init__.py", "layers.py"):
+            pairs = zip(path.read_text().splitlines(), (PACKAGE / inside).read_text().splitlines(), strict=True)
+            different += [(copied, original) for copied, original in pairs if copied != original]
+    assert len(different) > 50
+    others = [pair for pair in different if not all(line.lstrip().startswith("from ") for line in pair)]
+    assert [original.partition(" = ")[0] for _, original in others] == ["BUILD"]
 
 
 def test_an_import_that_cannot_be_made_relative_is_an_error() -> None:
@@ -192,7 +208,17 @@ def test_its_layer_replaces_the_forward_of_a_models_own(report: dict[str, Any]) 
     assert max(report["kernelized"]) < 1e-6
 
 
-# The example
+# The pages and the example
+
+
+@needs_kernels
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs(directory: Path, page: str, tmp_path: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert code
+    (tmp_path / "page.py").write_text("\n".join(code))
+    done = run(tmp_path / "page.py", cwd=directory.parents[2])
+    assert done.returncode == 0, done.stderr
 
 
 @needs_kernels
