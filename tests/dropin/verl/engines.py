@@ -28,7 +28,6 @@ from tests.groups import TEXT_IDS
 from tests.models import IDS, tiny
 
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-PATCH = 3 * 2 * 14 * 14
 
 
 def save(kind: str, directory: Path) -> Path:
@@ -66,13 +65,15 @@ class Row:
     pixels: Tensor | None = None
 
 
-def rows_of(groups: Sequence[tuple[int, list[tuple[int, int, int]], list[int]]], seed: int = 0) -> list[Row]:
-    """Of groups: (text tokens, image grids, response lengths)."""
+def rows_of(
+    groups: Sequence[tuple[int, list[tuple[int, int, int]], list[int]]], seed: int = 0, side: int = 14
+) -> list[Row]:
+    """Of groups: (text tokens, image grids, response lengths); ``side`` is that of the images' patches, in pixels."""
     rng = torch.Generator().manual_seed(seed)
     rows = []
     for text, grids, lengths in groups:
         prompt = torch.randint(*TEXT_IDS, (text,), generator=rng)
-        pixels = torch.randn(sum(t * h * w for t, h, w in grids), PATCH, generator=rng) if grids else None
+        pixels = torch.randn(sum(t * h * w for t, h, w in grids), 6 * side**2, generator=rng) if grids else None
         for t, h, w in reversed(grids):
             slots = torch.full((t * h * w // 4,), IDS["image_token_id"])
             marks = [torch.tensor([IDS[name]]) for name in ("vision_start_token_id", "vision_end_token_id")]
