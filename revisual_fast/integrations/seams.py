@@ -12,10 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
+from weakref import WeakMethod
 
 from packaging.specifiers import SpecifierSet
 
-__all__ = ["SUPPORTED", "SeamError", "Supported", "check_version", "patched", "replace", "seam", "unpatch"]
+__all__ = [
+    *("SUPPORTED", "SeamError", "Supported"),
+    *("check_version", "on_unpatch", "patched", "replace", "seam", "unpatch"),
+]
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ class _Replaced:
 
 _REPLACED: dict[str, list[_Replaced]] = {}
 """Integration -> what it has replaced, in this order."""
+_RESTORE: dict[str, list[WeakMethod[Callable[[], None]]]] = {}
+"""Integration -> what else is called to restore."""
 
 
 def replace(integration: str, owner: Any, name: str, new: Any) -> Any:
@@ -128,6 +134,11 @@ def replace(integration: str, owner: Any, name: str, new: Any) -> Any:
     return original
 
 
+def on_unpatch(integration: str, restore: Callable[[], None]) -> None:
+    """Have :func:`unpatch` call the bound method ``restore``, as long as its object is alive."""
+    _RESTORE.setdefault(integration, []).append(WeakMethod(restore))
+
+
 def patched(integration: str) -> bool:
     """Whether the integration has replaced something."""
     return bool(_REPLACED.get(integration))
@@ -142,7 +153,10 @@ def unpatch(integration: str | None = None) -> None:
     if integration is not None and integration not in SUPPORTED:
         raise ValueError(f"there is no integration {integration!r}; there are {', '.join(SUPPORTED)}")
     kept = []
-    for name in [integration] if integration else list(_REPLACED):
+    for name in [integration] if integration else list(SUPPORTED):
+        for reference in _RESTORE.pop(name, []):
+            if restore := reference():
+                restore()
         for entry in reversed(_REPLACED.pop(name, [])):
             table = entry.owner if isinstance(entry.owner, dict) else vars(entry.owner)
             if table.get(entry.name) is not entry.new:

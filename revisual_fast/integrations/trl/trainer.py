@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from revisual_fast.integrations.seams import seam
+from revisual_fast.integrations.seams import on_unpatch, seam
 from revisual_fast.integrations.trl.objective import check_objective_against, objective_of, token_values
 from revisual_fast.integrations.trl.regroup import regrouped
 from revisual_fast.integrations.trl.scorer import Scored, Scorer, scatter, scorer_problem
@@ -70,8 +70,16 @@ class FastGRPOTrainer(GRPOTrainer):
         for model in (self.model, self.ref_model):
             if model is not None:
                 self._scorer(model)
+        on_unpatch("trl", self.release)
         if self._objective is not None:
             check_objective_against(self, self._objective, self._trl_loss)
+
+    def release(self) -> None:
+        """Give the models back; from here on the trainer works as TRL's. :func:`unpatch` calls it."""
+        self._fast_problem = "the models were given back"
+        for scorer in self._scorers.values():
+            scorer.policy.release()
+        self._scorers.clear()
 
     def _why_not(self) -> str | None:
         """Why nothing can be packed, or None."""
