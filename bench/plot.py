@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report_step import SHARE, STEP, share_points
+from bench.report_step import SHARE, STEP, TRL_STEP, share_points
 
 Row = dict[str, Any]
 INK, GRID = "#2b2b2b", "#dddddd"
@@ -16,7 +16,7 @@ LABELS = {"ours": "revisual-fast", "plain": "plain torch", "peer": "other packag
 MARKERS = {"ours": "o", "plain": "s", "peer": "^"}
 APART = (  # not in the roofline: too short for a share of the roof to mean anything, or a whole training step
     *("group_advantages", "pad_selection", "gather_rows"),
-    *("gather_kv", "pack_embeddings", "mrope", STEP, SHARE),
+    *("gather_kv", "pack_embeddings", "mrope", STEP, SHARE, TRL_STEP),
 )
 BAR_INCHES, ROOF_INCHES = 0.23, 3.4
 MIN_BAND = 1.2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bench import attention, fused, grouped, packing, rollout, step
+from bench import attention, fused, grouped, packing, rollout, step, step_trl
 from bench.harness import Case, Problem
 from bench.inputs import KEPT, SEQUENCES
 
@@ -14,6 +14,7 @@ OPS: dict[str, Callable[[Case], Problem]] = {
     "logits_statistics": fused.logits_statistics,
     "linear_policy_loss": fused.linear_policy_loss,
     "grpo_step": step.grpo_step,
+    "trl_step": step_trl.trl_step,
     "grpo_step_share": step.grpo_step_share,
     "shared_attention": attention.shared_attention,
     "gather_kv": packing.kv_gather,
@@ -39,6 +40,7 @@ UNGROUPED = SHORT - {"group_advantages"}  # take any N
 FP32_ONLY = {"group_advantages", "pad_selection"}
 LABELLED: dict[str, Callable[[str], list[Case]]] = {  # have shapes of their own: suite -> cases
     "grpo_step": step.suite,
+    "trl_step": step_trl.suite,
     "grpo_step_share": step.share_suite,
     "rollout": rollout.suite,
     "weight_sync": rollout.sync_suite,

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.machine import ROOT, short, slug
 from bench.report_rollout import ROLLOUT, SYNC, rollout_lines, sync_lines
-from bench.report_step import SHARE, STEP, share_lines, step_cells, step_columns
+from bench.report_step import SHARE, STEPS, share_lines, step_cells, step_columns
 from bench.targets import targets
 
 Row = dict[str, Any]
@@ -76,7 +76,7 @@ def table(rows: Sequence[Row]) -> str:
     ordered = [*([base] if base else []), *(row for row in timed if row is not base)]
     on_gpu = rows[0]["device_kind"] == "cuda"
     gemm = any(row.get("of_gemm") for row in timed)
-    step = rows[0]["case"]["op"] == STEP
+    step = rows[0]["case"]["op"] in STEPS
     head = ["variant", "speed, fastest baseline = 1", "p20 to p80", "peak memory"]
     head += step_columns(on_gpu) if step else ["of the floor", *(["of GEMM rate"] if gemm else [])]
     head += (["median"] if on_gpu else []) + ["error / allowed"] + ([] if step else ["gives"])
@@ -93,7 +93,7 @@ def _cells(row: Row, base: Row | None, on_gpu: bool, gemm: bool) -> list[str]:
     cells = [_name(row), f"**{speed}**" if row["role"] == "ours" else speed]
     cells.append(f"{row['p20_s'] / median:.2f} to {row['p80_s'] / median:.2f}")
     cells.append(_memory(row["peak_bytes"]))
-    step = row["case"]["op"] == STEP
+    step = row["case"]["op"] in STEPS
     if step:
         cells += step_cells(row, base, on_gpu)
     else:

@@ -8,7 +8,9 @@ from typing import Any
 from bench.machine import peak_flops
 
 Row = dict[str, Any]
-STEP, SHARE = "grpo_step", "grpo_step_share"
+STEP, SHARE, TRL_STEP = "grpo_step", "grpo_step_share", "trl_step"
+STEPS = (STEP, TRL_STEP)
+TRL, TRL_HEAD, TRL_FAST = "TRL GRPOTrainer", "GRPOTrainer with patch_trl()", "FastGRPOTrainer"
 
 
 def step_columns(on_gpu: bool) -> list[str]:
@@ -61,3 +63,16 @@ def share_lines(rows: Sequence[Row]) -> list[list[str]]:
         rounds = f"{p['low']:.2f} to {p['high']:.2f}"
         lines.append([sizes, f"{p['share']:.0%}", f"**{p['measured']:.2f}x**", rounds, f"{p['predicted']:.2f}x"])
     return lines
+
+
+def shares(rows: Sequence[Row]) -> dict[str, float]:
+    """Speed-ups: ``all`` of the fast trainer over TRL's, of which ``head`` is the fused head's and ``packing`` the
+    rest. Empty where one of the three has no time."""
+    times = {row["variant"]: row["median_s"] for row in rows if row["status"] == "ok"}
+    if not {TRL, TRL_HEAD, TRL_FAST} <= times.keys():
+        return {}
+    return {
+        "all": times[TRL] / times[TRL_FAST],
+        "head": times[TRL] / times[TRL_HEAD],
+        "packing": times[TRL_HEAD] / times[TRL_FAST],
+    }

@@ -66,7 +66,7 @@ def grpo_step(case: Case) -> Problem:
     if step.shortest is None:  # one more call of many seconds; where lengths differ, for information, without
         peers.append(trl_trainer(case, x))
     peers = [replace(peer, flops=padded_flops(cost, x.group)) for peer in peers]
-    return _problem(case, x.model, [*_ours(case, x, cost), *peers], lambda: reference(case, x), cost.flops(x.group))
+    return step_problem(case, x.model, [*_ours(case, x, cost), *peers], lambda: reference(case, x), cost.flops(x.group))
 
 
 def grpo_step_share(case: Case) -> Problem:
@@ -83,7 +83,7 @@ def grpo_step_share(case: Case) -> Problem:
         return {f"{point}:{name}": value for point, x in points.items() for name, value in reference(case, x).items()}
 
     needed = min(cost.flops(x.group) for x in points.values())
-    return replace(_problem(case, model, variants, answer, needed), errors=share_errors)
+    return replace(step_problem(case, model, variants, answer, needed), errors=share_errors)
 
 
 def share_errors(outputs: Outputs, answer: Outputs) -> dict[str, float]:
@@ -155,7 +155,9 @@ def _packed(case: Case, x: StepInputs, cost: CostModel, layout: Layout = "shared
     return Variant(name, "ours", setup, note=note, yardstick=PADDED, flops=cost.flops(x.group, layout))
 
 
-def _problem(case: Case, model: Any, variants: Sequence[Variant], answer: Callable[[], Outputs], flops: int) -> Problem:
+def step_problem(
+    case: Case, model: Any, variants: Sequence[Variant], answer: Callable[[], Outputs], flops: int
+) -> Problem:
     """The fewest bytes: parameters in, gradients out. The ceiling's product is that of an MLP."""
     text, parameters = model.config.text_config, sum(p.numel() for p in model.parameters())
     sizes = (GEMM_ROWS, text.hidden_size, text.intermediate_size)

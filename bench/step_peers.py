@@ -96,8 +96,8 @@ def trl_trainer(case: Case, x: StepInputs) -> Variant:
     return Variant(TRL, "peer", None if reason else setup, reason, note, yardstick=PADDED)
 
 
-def make_trainer(x: StepInputs) -> Any:
-    """A ``trl.GRPOTrainer`` around the model, ready for ``compute_loss``."""
+def make_trainer(x: StepInputs, cls: Any = None) -> Any:
+    """A ``trl.GRPOTrainer``, or a ``cls`` derived from it, around the model, ready for ``compute_loss``."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -110,7 +110,7 @@ def make_trainer(x: StepInputs) -> Any:
         settings |= {"gradient_checkpointing": x.step.checkpointing, "max_completion_length": x.step.response}
         settings |= {"per_device_train_batch_size": x.step.group, "num_generations": x.step.group}
         settings |= {"beta": 0.0, "epsilon": CLIP, "loss_type": "dapo", "temperature": 1.0}
-        trainer = GRPOTrainer(
+        trainer = (cls or GRPOTrainer)(
             model=x.model,
             reward_funcs=_no_reward,
             args=GRPOConfig(**settings),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.machine import peak_flops
+from bench.report_step import TRL_STEP, shares
 
 Row = dict[str, Any]
 MISSING = "not measured"
@@ -19,6 +20,7 @@ GRADIENTS = {"d_hidden", "d_weight"}
 STEP_PEERS = ("transformers, padded", "TRL GRPOTrainer")
 STEP_TARGETS = {"250/96/8, image of 196 tokens": 3.5, "250/512/8, image of 196 tokens": 1.4, "64/512/8, text": 1.1}
 ROLLOUT = "tiny-vl, 4 x 512/32/8, image of 196 tokens"
+TRL_LABEL = "250/96/8, image of 196 tokens"
 STEP_GPU = ("1450/500/8, image of 1,190 tokens", "1450/3500/8, image of 1,190 tokens")
 
 
@@ -37,9 +39,11 @@ def targets(rows: Sequence[Row]) -> list[Target]:
     return [
         *(line for dtype, factor in (("float32", 1.2), ("bfloat16", 1.0)) for line in _cpu(rows, dtype, factor)),
         *(_step(rows, label, factor) for label, factor in STEP_TARGETS.items()),
+        _trl(rows, "cpu", TRL_LABEL, "float32"),
         _rollout(rows),
         *_gpu(rows),
         *(_step_on_gpu(rows, label) for label in STEP_GPU),
+        *(_trl(rows, "cuda", label, "bfloat16") for label in STEP_GPU),
     ]
 
 
@@ -69,6 +73,18 @@ def _rollout(rows: Sequence[Row]) -> Target:
         return Target(text)
     median = base["median_s"]
     return _against(_line(text, mine, lambda row: median / row["median_s"], "{:.2f}x", lambda ratio: ratio >= 3), base)
+
+
+def _trl(rows: Sequence[Row], kind: str, label: str, dtype: str) -> Target:
+    """The fast trainer against TRL's stock one, what packing gives and what the head gives apart."""
+    model = "" if kind == "cpu" else ", Qwen2.5-VL-3B"
+    text = f"{kind.upper()}, `{TRL_STEP}`{model}, {label}, {dtype}: `FastGRPOTrainer` at least "
+    text += "4x TRL's stock `GRPOTrainer`, training part of a step"
+    found = shares(_step_rows(rows, kind, label, dtype, TRL_STEP))
+    if not found:
+        return Target(text)
+    measured = f"{found['all']:.2f}x: packing {found['packing']:.2f}x, fused head {found['head']:.2f}x"
+    return Target(text, measured, "reached" if found["all"] >= 4 else "missed")
 
 
 def _step_on_gpu(rows: Sequence[Row], label: str) -> Target:

@@ -35,7 +35,7 @@ def assert_equal(fast: Run, stock: Run) -> None:
     assert not {n: e for n, e in wrong.items() if "per_second" not in n}
 
 
-SEQUENCE = {"importance_sampling_level": "sequence", "epsilon": 0.02, "learning_rate": 0.002}
+SEQUENCE = {"importance_sampling_level": "sequence", "epsilon": 0.02, "learning_rate": 5e-4}
 ONE_PASS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo"},
     "grpo, reference": {"loss_type": "grpo", "beta": 0.1},
@@ -46,7 +46,7 @@ ONE_PASS: dict[str, dict[str, Any]] = {
     "dr_grpo": {"loss_type": "dr_grpo", "epsilon_high": 0.28},
     "dapo": {"loss_type": "dapo", "beta": 0.05},
     "dapo, sequence": {"loss_type": "dapo", **SEQUENCE},
-    "luspo": {"loss_type": "luspo", **SEQUENCE},
+    "luspo": {"loss_type": "luspo", **SEQUENCE, "learning_rate": 1e-4},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.02},
     "sapo": {"loss_type": "sapo"},
     "sapo, sequence": {"loss_type": "sapo", **SEQUENCE},
@@ -188,7 +188,7 @@ def test_mixed_precision_is_as_near_to_fp32_as_trls(tmp_path):
 def test_what_cannot_be_packed_is_trls_and_said_once(tmp_path):
     from transformers import MistralConfig
 
-    config = MistralConfig(**{**tiny_config("qwen2").to_dict(), "model_type": "mistral", "sliding_window": None})
+    config = MistralConfig(**{**tiny_config("qwen2").to_dict(), "model_type": "mistral", "sliding_window": 4096})
     rollouts = Rollouts()
     stock = train(GRPOTrainer, tmp_path / "a", rollouts, images=False, config=config)
     with pytest.warns(UserWarning, match="FastGRPOTrainer leaves this to TRL: model_type 'mistral'") as said:
