@@ -15,7 +15,8 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss
 
 from revisual_fast.integrations import seams
-from revisual_fast.losses import PolicyObjective, Rows, TokenBatch, counted, sequence_mean
+from revisual_fast.integrations.padded_loss import bounded, clipped_weight, differ_within, prepared
+from revisual_fast.losses import PolicyObjective, TokenBatch, counted, sequence_mean
 from revisual_fast.objective_metrics import policy_metrics
 
 __all__ = ["NAME", "POLICY_LOSSES", "PolicyLoss", "register_objective"]
@@ -65,20 +66,10 @@ class PolicyLoss:
         if weights is not None:  # used as given: the objective is told that there is a correction, and no more
             objective = replace(objective, rollout_correction="truncate")
         weight = _weights(self.aggregation or loss_agg_mode, mask, log_prob.dtype, config.global_batch_info)
-        tokens = TokenBatch(
-            advantages.flatten(),
-            old_logp=old_log_prob.flatten(),
-            cu_seqlens=torch.arange(len(mask) + 1, dtype=torch.int32) * mask.shape[1],
-            weight=weight.flatten(),
-            importance=None if weights is None else weights.flatten(),
-            mask=mask.flatten(),
-        )
-        logp = log_prob.flatten()
-        tokens, _ = objective.prepare(tokens, len(logp), logp.dtype, logp.device)
+        logp, tokens = prepared(objective, log_prob, old_log_prob, advantages, mask, weight, weights)
         if objective.surrogate == "gmpo" and tokens.importance is not None:
             tokens = replace(tokens, importance=_geometric_mean(tokens.importance, tokens))
-        logp = counted(logp, tokens.mask)
-        logp = _bounded(logp, tokens) if self.bounded else logp
+        logp = bounded(logp, tokens) if self.bounded else logp
         loss = objective(logp, torch.zeros_like(logp), tokens)
         with torch.no_grad():
             metrics = self.metrics(objective, logp.detach(), tokens)
@@ -88,10 +79,7 @@ class PolicyLoss:
 
 def _check_whole(name: str, values: Tensor | None, mask: Tensor) -> None:
     """Raises ValueError where the values [bs, resp] of a response differ."""
-    if values is None:
-        return
-    first = values.gather(1, mask.int().argmax(1, keepdim=True))
-    if bool(((values != first) & mask).any()):
+    if values is not None and differ_within(values, mask):
         raise ValueError(
             f"{name} differ between the tokens of a response, and this loss has one ratio for the whole of it: use "
             "verl's own loss_mode, or one value for each response"
@@ -106,13 +94,6 @@ def _weights(mode: str, mask: Tensor, dtype: torch.dtype, info: dict[str, Any]) 
         losses = torch.zeros(mask.shape, dtype=dtype, device=mask.device, requires_grad=True)
         total = agg_loss(loss_mat=losses, loss_mask=mask, loss_agg_mode=mode, **info)
         return torch.autograd.grad(total, losses)[0]
-
-
-def _bounded(logp: Tensor, tokens: TokenBatch) -> Tensor:
-    """``logp`` within 20 nats of the old one, and constant beyond."""
-    assert tokens.old_logp is not None
-    difference = logp.detach() - tokens.old_logp
-    return torch.where(difference.abs() > 20, tokens.old_logp + difference.clamp(-20, 20), logp)
 
 
 def _geometric_mean(weights: Tensor, tokens: TokenBatch) -> Tensor:
@@ -149,13 +130,7 @@ def _gpg(config: Any) -> PolicyObjective:
 
 
 def _cispo(config: Any) -> PolicyObjective:
-    return PolicyObjective(surrogate=_clipped_weight, **_clips(config))
-
-
-def _clipped_weight(rows: Rows) -> Tensor:
-    """CISPO (arXiv 2506.13585) with a lower bound of the weight as well."""
-    o = rows.objective
-    return -rows.ratio.detach().clamp(1 - o.clip_low, 1 + o.clip_high) * rows.advantage * rows.logp
+    return PolicyObjective(surrogate=clipped_weight, **_clips(config))
 
 
 def _geo_mean(config: Any) -> PolicyObjective:
@@ -187,7 +162,7 @@ def _of_sapo(o: PolicyObjective, logp: Tensor, tokens: TokenBatch) -> dict[str, 
 def _of_cispo(o: PolicyObjective, logp: Tensor, tokens: TokenBatch) -> dict[str, Tensor]:
     ratio = o.ratio(logp, tokens)
     clipped = (ratio < 1 - o.clip_low) | (ratio > 1 + o.clip_high)
-    return _verls(clipped, torch.zeros_like(logp), o, _bounded(logp, tokens), tokens)
+    return _verls(clipped, torch.zeros_like(logp), o, bounded(logp, tokens), tokens)
 
 
 def _of_geo_mean(o: PolicyObjective, logp: Tensor, tokens: TokenBatch) -> dict[str, Tensor]:
