@@ -19,7 +19,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from revisual_fast.integrations.verl.policy import EnginePolicy
 from revisual_fast.integrations.verl.rows import CannotPack, Layout, check_request, grouped
-from tests.dropin.verl.engines import Step, batch_of, engine_of, rows_of, save, score, step
+from tests.dropin.verl.engines import FP32, Step, batch_of, engine_of, rows_of, save, score, step
 from tests.models import tiny, worst_difference
 from tests.numerics import relative_error
 
@@ -126,6 +126,23 @@ def test_with_gradient_checkpointing(saved, kind, monkeypatch):
     seen = packed_rows(ours, monkeypatch)
     check(step(ours, data, **SETTINGS), step(verls, data, **SETTINGS))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2_5_vl"])
+def test_in_bf16_it_is_as_far_from_fp32_as_verl_is(saved, kind):
+    vision = kind.endswith("vl")
+    data = batch_of(IMAGES if vision else TEXT, vision=vision)
+    truth = step(engine_of(saved(kind), ours=False), data, **SETTINGS)
+    errors = []
+    for own in (True, False):
+        engine = engine_of(saved(kind), ours=own, engine={"mixed_precision": {**FP32, "param_dtype": "bf16"}})
+        found = step(engine, data, **SETTINGS)
+        pairs = [(found.gradients[n].flatten(), g.flatten()) for n, g in truth.gradients.items()]
+        gradients = relative_error(*(torch.cat(side) for side in zip(*pairs, strict=True)))
+        errors.append((relative_error(found.outputs["log_probs"], truth.outputs["log_probs"]), gradients))
+    assert errors[0][0] < 1.1 * errors[1][0]
+    assert errors[0][1] < 1.2 * errors[1][1]
+    assert errors[1][0] > 1e-4
 
 
 def test_rows_without_padding(saved):
