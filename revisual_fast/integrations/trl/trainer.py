@@ -77,6 +77,7 @@ class FastGRPOTrainer(GRPOTrainer):
     def release(self) -> None:
         """Give the models back; from here on the trainer works as TRL's. :func:`unpatch` calls it."""
         self._fast_problem = "the models were given back"
+        self._said.add(self._fast_problem)  # as asked for, nothing to warn of
         for scorer in self._scorers.values():
             scorer.policy.release()
         self._scorers.clear()
