@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-HERE = Path(__file__).parent
-HAS_VERL = importlib.util.find_spec("verl") is not None
-collect_ignore = [] if HAS_VERL else [path.name for path in HERE.glob("test_*.py")]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not HAS_VERL:
-        for item in items:
-            if HERE in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="needs verl: make test-verl"))
 
 
 @pytest.fixture(scope="session")

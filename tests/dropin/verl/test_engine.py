@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("verl", reason="needs verl: make test-verl")
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("verl", reason="needs verl: make test-verl")
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.utils.kernel import linear_cross_entropy as kernel
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("verl", reason="needs verl: make test-verl")
 from verl.trainer.ppo import core_algos
 from verl.utils import device
 from verl.utils.kernel import linear_cross_entropy as kernel

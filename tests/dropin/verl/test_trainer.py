@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("verl", reason="needs verl: make test-verl")
 pytest.importorskip("transfer_queue", reason="verl's v1 trainer needs TransferQueue: make test-verl")
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("verl", reason="needs verl: make test-verl")
 from tests.dropin.verl.engines import save
 
 HERE = Path(__file__).parent
