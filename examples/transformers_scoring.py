@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from revisual_fast.integrations.transformers import accelerate_scoring
 
-shape = {"vocab_size": 50000, "hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512}
+shape = {"vocab_size": 30000, "hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512}
 config = Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=2)
 model = accelerate_scoring(AutoModelForCausalLM.from_config(config))
-ids = torch.randint(50000, (4, 96))  # the first 32 are the prompt
+ids = torch.randint(30000, (4, 96))  # the first 32 are the prompt
 
 
 def from_logits():

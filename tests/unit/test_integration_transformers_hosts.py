@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import socket
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModel, AutoModelForSeq2SeqLM, LlamaForCausalLM, T5Config
 
 from revisual_fast.integrations.transformers import accelerate_scoring, unaccelerate_scoring
 from tests.numerics import relative_error
 from tests.scoring import V, batch, build, outcome, plain
+from tests.scoring_ranks import CASES
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_peft() -> None:
@@ -60,92 +61,13 @@ def test_device_map() -> None:
         model(**x, score=True)
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def shares(x: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    return {name: value[rank : rank + 1] for name, value in x.items()}
-
-
-def _rank(rank: int, port: int, how: str) -> None:
-    """Each rank scores one sequence; the gradient that comes out is the mean over ranks."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    x, tied = batch(), how == "fsdp2, tied"
-    whole = build("llama", tie_word_embeddings=tied)
-    (sum(loss_of(plain(whole, shares(x, r))) for r in range(2)) / 2).backward()  # type: ignore[union-attr]
-    wanted = {n: p.grad for n, p in whole.named_parameters()}
-    model = build("llama", tie_word_embeddings=tied)
-    run: Any = model
-    if how.startswith("ddp"):
-        accelerate_scoring(model)
-        run = nn.parallel.DistributedDataParallel(model, find_unused_parameters=how == "ddp, unused")
-    else:
-        for layer in model.model.layers:
-            fully_shard(layer)
-        if "own head" in how or "resharded" in how:
-            fully_shard(model.lm_head, reshard_after_forward="resharded" in how)
-        if how == "fsdp2, scored last":
-            fully_shard(model)
-            accelerate_scoring(model)
-        else:
-            accelerate_scoring(model)
-            fully_shard(model)
-    if "resharded" in how:
-        with pytest.raises(ValueError, match="the head is sharded again"):
-            run(**shares(x, rank), score=True)
-        return
-    out = run(**shares(x, rank), score=True)
-    loss_of((out.logp, out.entropy)).backward()
-    for name, parameter in model.named_parameters():
-        grad: Any = parameter.grad
-        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-        assert relative_error(grad, wanted[name]) < 1e-5, name
-    dist.destroy_process_group()
-
-
-def loss_of(scores: tuple[Tensor, Tensor]) -> Tensor:
-    return -scores[0].mean() - 0.1 * scores[1].mean()
-
-
-HOW = [
-    "ddp",
-    "ddp, unused",
-    "fsdp2",
-    "fsdp2, tied",
-    "fsdp2, scored last",
-    "fsdp2, own head",
-    "fsdp2, resharded own head",
-]
-
-
-@pytest.mark.parametrize("how", HOW)
-def test_two_ranks(how: str) -> None:
-    mp.start_processes(_rank, (free_port(), how), nprocs=2, start_method="fork")  # spawned, they would import long
-
-
-def _parallel_rank(rank: int, port: int) -> None:
-    """Both ranks score the same rows with half of the head each."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    x, model = batch(), build("llama", tie_word_embeddings=False)
-    loss_of(plain(model, x)).backward()
-    wanted = {n: p.grad for n, p in model.named_parameters()}
-    model.zero_grad()
-    whole = model.lm_head.weight.detach()
-    model.lm_head.weight = nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Shard(0)]))
-    out = accelerate_scoring(model)(**x, score=True)
-    loss_of((out.logp, out.entropy)).backward()
-    for name, parameter in model.named_parameters():
-        grad: Any = parameter.grad
-        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-        assert relative_error(grad, wanted[name]) < 1e-5, name
-    dist.destroy_process_group()
-
-
-def test_a_head_divided_by_rows() -> None:
-    mp.start_processes(_parallel_rank, (free_port(),), nprocs=2, start_method="fork")
+def test_two_ranks() -> None:
+    """DDP, FSDP2 and a head divided by rows: tests/scoring_ranks.py, in processes that have forked from a fresh one."""
+    command = [sys.executable, "-m", "tests.scoring_ranks"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split("\n")) == len(CASES) + 1
 
 
 class Odd(LlamaForCausalLM):
@@ -179,12 +101,16 @@ def learned(self: Any, z: Tensor) -> Tensor:
         (lambda _, z: z[..., :-3], "does not return its head's output as logits"),
         (learned, "parameters after its head"),
         (lambda self, z: z + self.lm_head(torch.zeros(1, 1, 16)), "calls its head 2 times"),
+        (None, "calls its head 0 times"),
         (lambda _, z: z.view(2, 8, V), "needs the logits themselves after its head"),
     ],
 )
 def test_what_cannot_be_known_is_refused(what: Any, message: str) -> None:
     model = accelerate_scoring(Odd(build("llama").config))
-    model.what = types.MethodType(what, model)
+    if what is None:
+        model.get_output_embeddings = lambda: nn.Linear(16, V)  # type: ignore[method-assign]
+    else:
+        model.what = types.MethodType(what, model)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=message):
         model(**batch(), score=True)
 

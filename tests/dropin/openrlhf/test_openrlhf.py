@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import runpy
 import subprocess
 import sys
 import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -227,3 +229,12 @@ def test_a_wrapped_actor(openrlhf: Any, saved: dict[str, str]) -> None:
     wanted = copy.deepcopy(actor)(IDS, ACTIONS, attention_mask=ATTENTION)
     with ours():
         torch.testing.assert_close(engine(IDS, ACTIONS, attention_mask=ATTENTION), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("openrlhf")
+def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(Path(__file__).parents[3] / "examples" / "openrlhf_actor.py"))
+    out = capsys.readouterr().out
+    assert "logits: [4, 24, 5000]" in out
+    assert "logits: none" in out
+    assert float(out.rsplit(maxsplit=1)[1]) < 1e-5
