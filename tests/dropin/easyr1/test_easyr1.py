@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,3 +207,11 @@ def test_a_seam_that_has_moved_is_named(dp_actor, change, match):
 def test_without_easyr1():
     with pytest.raises(SeamError, match=r"this is not EasyR1.*verl\.workers\.actor\.dp_actor is not there"):
         patch_easyr1()
+
+
+def test_the_example_says_what_is_missing():
+    example = Path(__file__).parents[3] / "examples/easyr1_train.py"
+    assert len(example.read_text().splitlines()) <= 40
+    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install -e EasyR1" in done.stderr

@@ -1,4 +1,4 @@
-"""What the tests inside verl share. They need verl, which has an environment of its own: make test-verl."""
+"""What the tests inside verl share. They need verl, which has an environment of its own: make test-dropin."""
 
 from __future__ import annotations
 

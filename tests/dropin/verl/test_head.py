@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("verl", reason="needs verl: make test-verl")
+pytest.importorskip("verl", reason="needs verl: make test-dropin")
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.utils.kernel import linear_cross_entropy as kernel
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("verl", reason="needs verl: make test-verl")
+pytest.importorskip("verl", reason="needs verl: make test-dropin")
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import PolicyLossConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("verl", reason="needs verl: make test-verl")
+pytest.importorskip("verl", reason="needs verl: make test-dropin")
 from verl.trainer.ppo import core_algos
 from verl.utils import device
 from verl.utils.kernel import linear_cross_entropy as kernel

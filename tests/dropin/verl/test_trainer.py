@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("verl", reason="needs verl: make test-verl")
-pytest.importorskip("transfer_queue", reason="verl's v1 trainer needs TransferQueue: make test-verl")
+pytest.importorskip("verl", reason="needs verl: make test-dropin")
+pytest.importorskip("transfer_queue", reason="verl's v1 trainer needs TransferQueue: make test-dropin")
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils.seqlen_balancing import calculate_workload

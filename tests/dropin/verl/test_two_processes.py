@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("verl", reason="needs verl: make test-verl")
+pytest.importorskip("verl", reason="needs verl: make test-dropin")
 from tests.dropin.verl.engines import save
 
 HERE = Path(__file__).parent
