@@ -133,6 +133,10 @@ def test_score_tokens_changes_nothing_and_runs_inside_a_wrapper() -> None:
         assert "forward" not in vars(model.lm_head)
     accelerate_scoring(model)
     torch.testing.assert_close(score_tokens(model, targets, temperature=0.9, **inputs).logp[:, :-1], wanted[:, 1:])
+    stock, seen = inspect.signature(model.forward), []
+    model.register_forward_pre_hook(lambda module, _: seen.append(inspect.signature(module.forward)))
+    score_tokens(model, targets, **inputs)  # a trainer's hook takes from it what it may pass
+    assert seen == [stock]
     with pytest.raises(ValueError, match="pass the model before it is wrapped"):
         score_tokens(Wrapper(model), targets, **inputs)
 
