@@ -68,12 +68,16 @@ def packed_attention(
 AttentionInterface.register(NAME, packed_attention)
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast computes in on a type of device, or None where it is off or not to be had."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """``tensors`` in autocast's dtype where it is on: a rotation in fp32 has widened queries and keys, not values."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
+    dtype = autocast_dtype(tensors[0].device.type)
+    return tensors if dtype is None else tuple(x.to(dtype) for x in tensors)
 
 
 def attention_problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from revisual_fast.kernels.embed import pack_embeddings
 from revisual_fast.kernels.gather import gather_rows
 from revisual_fast.packing import Group, Layout, PackedBatch, pack_groups
-from revisual_fast.policy.attention import NAME, AttentionPlan, make_plan, pick_attention
+from revisual_fast.policy.attention import NAME, AttentionPlan, autocast_dtype, make_plan, pick_attention
 from revisual_fast.policy.families import Family, family_for
 from revisual_fast.policy.vision_cache import CACHE_BYTES, VisionCache
 from revisual_fast.ranges import ranged, span
@@ -60,8 +60,7 @@ class Policy:
     @property
     def compute_dtype(self) -> torch.dtype:
         """What products are computed in: autocast's dtype where it is on, else the head's."""
-        kind = self.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head_weight.dtype
+        return autocast_dtype(self.device.type) or self.head_weight.dtype
 
     @property
     def vision_trained(self) -> bool:

@@ -92,6 +92,7 @@ def test_what_somebody_else_has_replaced_since_is_left_alone(module):
 
 def test_more_that_is_restored():
     done = []
+
     class Borrower:
         def restore(self) -> None:
             done.append(self)
