@@ -77,6 +77,7 @@ def _fast(x: StepInputs) -> Call:
     from revisual_fast.integrations.trl import FastGRPOTrainer
 
     trainer = make_trainer(x, FastGRPOTrainer)
+    assert trainer._fast_problem is None, trainer._fast_problem
     return Call(lambda: _step_of(x, trainer))
 
 

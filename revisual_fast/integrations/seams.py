@@ -64,11 +64,11 @@ def check_version(integration: str) -> None:
         )
 
 
-def seam(place: str, parameters: Sequence[str] = ()) -> Any:
+def seam(place: str, parameters: Sequence[str] = (), *, exact: bool = False) -> Any:
     """The object at ``place``, such as ``trl.trainer.utils:Name.method``.
 
-    ``parameters`` are names that its signature must have, in this order among others. Raises SeamError, which names
-    the place, where it is not there or has another signature.
+    ``parameters`` are names that its signature must have, in this order, among others unless ``exact``. Raises
+    SeamError, which names the place, where it is not there or has another signature.
     """
     module, _, path = place.partition(":")
     try:
@@ -79,13 +79,13 @@ def seam(place: str, parameters: Sequence[str] = ()) -> Any:
         raise SeamError(f"{place} is not there ({error}): {_advice(module)}") from error
     found = found.__func__ if isinstance(found, staticmethod | classmethod) else found
     if parameters:
-        _check_signature(place, found, parameters)
+        _check_signature(place, found, parameters, exact)
     return found
 
 
-def _check_signature(place: str, found: Callable[..., Any], parameters: Sequence[str]) -> None:
+def _check_signature(place: str, found: Callable[..., Any], parameters: Sequence[str], exact: bool) -> None:
     names = list(inspect.signature(found).parameters)
-    if [name for name in names if name in set(parameters)] != list(parameters):
+    if [name for name in names if exact or name in set(parameters)] != list(parameters):
         raise SeamError(
             f"{place} takes ({', '.join(names)}); expected {', '.join(parameters)} in this order: "
             f"{_advice(place.partition(':')[0])}"
@@ -154,7 +154,7 @@ def unpatch(integration: str | None = None) -> None:
         raise ValueError(f"there is no integration {integration!r}; there are {', '.join(SUPPORTED)}")
     kept = []
     for name in [integration] if integration else list(SUPPORTED):
-        for reference in _RESTORE.pop(name, []):
+        for reference in reversed(_RESTORE.pop(name, [])):
             if restore := reference():
                 restore()
         for entry in reversed(_REPLACED.pop(name, [])):

@@ -6,9 +6,13 @@ gradient checkpointing computes a layer again during a backward pass, it attends
 
 from __future__ import annotations
 
+import functools
+import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +29,21 @@ __all__ = ["BorrowedPolicy"]
 _T = TypeVar("_T")
 _METHODS = ("forward", "_deepstack_process")
 """What a family or this module replaces in a module."""
+_NUMBERS = itertools.count()
+
+
+class _Loan:
+    """What was replaced in a model, once for all who borrow it. It is kept in the model, and so copied with it."""
+
+    def __init__(self, forward: Callable[..., Any]):
+        self.key = f"_revisual_fast_loan_{next(_NUMBERS)}"  # of the model's attribute
+        self.forward = forward  # the model's own
+        self.replaced: list[tuple[nn.Module, str, Any, Any]] = []  # module, name, what it had (or None), what we put
+        self.borrowers = 0
 
 
 class BorrowedPolicy(Policy):
-    """A :class:`Policy` that leaves the model to its owner; make at most one for each model.
+    """A :class:`Policy` that leaves the model to its owner; several may borrow one model.
 
     ``dtype`` is what attention computes in where that is not the weights' dtype: autocast's. Wrappers (DDP, accelerate,
     peft, FSDP) do their work in the model's forward, so a pass has to go through the outermost one: :meth:`run`.
@@ -37,8 +52,10 @@ class BorrowedPolicy(Policy):
     def __init__(
         self, model: Any, *, attention: str = "auto", cache_bytes: int = CACHE_BYTES, dtype: torch.dtype | None = None
     ):
-        self._before = [(m, {name: vars(m)[name] for name in _METHODS if name in vars(m)}) for m in model.modules()]
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        loan = next((x for x in vars(base).values() if isinstance(x, _Loan) and x.borrowers), None)
         before = [(c, c._attn_implementation) for c in _configs(model)]
+        found = {(m, n): vars(m).get(n) for m in base.modules() for n in _METHODS}
         super().__init__(model, attention=attention, cache_bytes=cache_bytes)
         self.attention, self.why_attention = pick_attention(attention, self.device, dtype or self.head_weight.dtype)
         self._ours: list[tuple[Any, str]] = []
@@ -46,17 +63,34 @@ class BorrowedPolicy(Policy):
             if config._attn_implementation != name:
                 self._ours.append((config, config._attn_implementation))
                 config._attn_implementation = name
+        if loan is None:
+            loan = self._lend(found)
+        else:  # what a family has put into the model is there already
+            for (module, name), own in found.items():
+                _restore(module, name, own)
+        loan.borrowers += 1
+        self._release = weakref.finalize(self, _give_back, base, loan)
+        self._release.atexit = False
+
+    def _lend(self, found: dict[tuple[nn.Module, str], Any]) -> _Loan:
+        """Replace what has to be replaced; ``found`` is what modules had of their own before."""
         names = {id(config): name for config, name in self._ours}
         for module in self.family.attentions():
             _put_forward(module, partial(_attend, module.forward, module.config, names[id(module.config)]))
-        _put_forward(self.base, partial(_run_or_forward, self.base.forward))
+        loan = _Loan(self.base.forward)
+        setattr(self.base, loan.key, loan)
+        forward = partial(_run_or_forward, loan.key)
+        functools.update_wrapper(forward, type(self.base).forward)
+        self.base.forward = MethodType(forward, self.base)  # accelerate takes it apart as it does a model's own
+        for (module, name), own in found.items():
+            if vars(module).get(name) is not own:
+                loan.replaced.append((module, name, own, vars(module)[name]))
+        return loan
 
     def release(self) -> None:
-        """Give the model back: every forward is its owner's again. The policy must not be used any more."""
-        for module, methods in self._before:
-            for name in _METHODS:
-                vars(module).pop(name, None)
-            vars(module).update(methods)
+        """Give the model back: what nobody else borrows or has replaced since is its owner's again. The policy must not
+        be used any more. Also done when the policy is collected."""
+        self._release()
 
     def run(self, through: nn.Module, work: Callable[[], _T]) -> _T:
         """What ``work()`` returns, called inside the forward of ``through``: the model, or the outermost wrapper.
@@ -92,9 +126,34 @@ def _attend(original: Callable[..., Any], config: Any, name: str, *args: Any, **
 
 
 def _run_or_forward(
-    original: Callable[..., Any], *args: Any, revisual_fast_work: Callable[[], Any] | None = None, **kwargs: Any
+    key: str, self: Any, /, *args: Any, revisual_fast_work: Callable[[], Any] | None = None, **kwargs: Any
 ) -> Any:
-    return original(*args, **kwargs) if revisual_fast_work is None else revisual_fast_work()
+    """A borrowed model's forward."""
+    loan = vars(self)[key]
+    if revisual_fast_work is None:
+        return loan.forward(*args, **kwargs)
+    if not loan.borrowers:
+        raise ValueError("this model was given back: make another BorrowedPolicy")
+    return revisual_fast_work()
+
+
+def _give_back(base: nn.Module, loan: _Loan) -> None:
+    """What is in somebody's wrapper by now stays there, and calls the model's own forward."""
+    loan.borrowers -= 1
+    if loan.borrowers:
+        return
+    for module, name, own, ours in loan.replaced:
+        if vars(module).get(name) is ours:
+            _restore(module, name, own)
+    if vars(base).get("forward") is loan.forward or "forward" not in vars(base):
+        vars(base).pop(loan.key, None)
+
+
+def _restore(module: nn.Module, name: str, own: Any) -> None:
+    if own is not None:
+        setattr(module, name, own)
+    elif name in vars(module):
+        delattr(module, name)
 
 
 @contextmanager

@@ -30,10 +30,11 @@ def patch_trl() -> None:
     the SFT and DPO trainers log, cost another 2 N D V. Calling it twice is harmless, :func:`unpatch` restores TRL.
     Raises ImportError without TRL, SeamError where TRL's function is not what is expected.
     """
+    seam(PLACE)
     from trl.trainer import utils
 
     if utils._ChunkedLogProbFunction is not FusedLogProb:
-        seam(f"{PLACE}.forward", (*PARAMETERS, *MORE))
+        seam(f"{PLACE}.forward", ("ctx", *PARAMETERS, *MORE), exact=True)  # called by position
         FusedLogProb.original = replace("trl", utils, "_ChunkedLogProbFunction", FusedLogProb)
 
 

@@ -110,11 +110,13 @@ def _compare(trainer: Any, objective: PolicyObjective, trl_loss: Any, on_policy:
     padded = [torch.zeros_like(logp).flatten().scatter(0, places, x).view_as(logp) for x in found]
     named = zip(("value", "gradient by the log-probs", "gradient by the entropies"), (ours, *padded), strict=True)
     for (name, mine), their in zip(named, (theirs.detach(), *wanted), strict=True):
-        error = float((mine - their).abs().max() / their.abs().max().clamp(min=1e-30))
+        size = their.abs().max() if name != "value" else (wanted[0] * logp).abs().sum()  # a value may cancel
+        error = float((mine - their).abs().max() / size.clamp(min=1e-30))
         if not error <= 1e-5:
             raise SeamError(
-                f"{PLACE} of this TRL is another loss than the one known here for loss_type={trainer.loss_type!r}: the "
-                f"{name} differs by {error:.1e}, on-policy={on_policy}. Use trl.GRPOTrainer with patch_trl() instead"
+                f"{PLACE} of this TRL, or of a subclass, is another loss than the one known for "
+                f"loss_type={trainer.loss_type!r}: the {name} differs by {error:.1e}, on-policy={on_policy}. Use "
+                "trl.GRPOTrainer with patch_trl() instead"
             )
 
 

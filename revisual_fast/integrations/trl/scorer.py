@@ -27,17 +27,28 @@ def scorer_problem(model: Any) -> str | None:
     from revisual_fast.policy.families import family_for
 
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(
+        getattr(config, name, False) for config in adapters for name in ("is_prompt_learning", "is_adaption_prompt")
+    ):
         return "the adapter adds tokens to the prompt"
     try:
         family_for(base.config.model_type).check(base.config)
     except ValueError as error:
         return str(error)
+    if hasattr(base.model, "visual") and _is_changed(base.model):
+        return f"somebody listens to or has replaced the forward of {type(base.model).__name__}, which is not called"
     if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
         return "device_map lays the model over several devices"
     if not isinstance(base.get_output_embeddings(), nn.Linear):
         return f"the head is a {type(base.get_output_embeddings()).__name__}, not a linear layer"
     return None
+
+
+def _is_changed(backbone: nn.Module) -> bool:
+    """Whether a vision-language model's backbone does more than transformers': packed passes call its two towers."""
+    own = type(backbone).forward.__module__.startswith("transformers.models.") and "forward" not in vars(backbone)
+    return not own or bool(backbone._forward_hooks or backbone._forward_pre_hooks)
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,12 @@ class Scorer:
             raise ValueError("images come without image_grid_thw or num_images")
         images = Images(*given) if len(given) == len(IMAGES) else None
         made = group_rows(input_ids, attention_mask, columns, images)
-        image = self.policy.family.image_token_id
+        family, image = self.policy.family, self.policy.family.image_token_id
+        for group in made.groups if image is not None else ():
+            slots = int(torch.eq(group.prompt.ids, int(image or 0)).sum())
+            features_given = int(group.prompt.grids.prod(1).sum()) // family.merge_size**2
+            if slots != features_given:
+                raise ValueError(f"a prompt has {slots} image tokens, and its images give {features_given} features")
         if image is not None and any((c == image).any() for group in made.groups for c in group.completions):
             raise ValueError("a completion holds image tokens")
         return made

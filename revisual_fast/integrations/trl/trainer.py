@@ -7,6 +7,8 @@ its gradient, and TRL's own method is given the log-probs that exist by then, fo
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +18,18 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from revisual_fast.integrations.seams import on_unpatch, seam
+from revisual_fast.integrations.seams import SeamError, on_unpatch, seam
 from revisual_fast.integrations.trl.objective import check_objective_against, objective_of, token_values
 from revisual_fast.integrations.trl.regroup import regrouped
 from revisual_fast.integrations.trl.scorer import Scored, Scorer, scatter, scorer_problem
-from revisual_fast.losses import Objective, TokenBatch
+from revisual_fast.losses import Objective, PolicyObjective, TokenBatch
 
 __all__ = ["FastGRPOTrainer"]
 
 TRAINER = "trl.trainer.grpo_trainer:GRPOTrainer"
+SCORES = "_get_per_token_logps_and_entropies"
 SEAMS = {
-    "_get_per_token_logps_and_entropies": (
+    SCORES: (
         *("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
         *("batch_size", "compute_entropy", "compute_aux_loss"),
     ),
@@ -38,6 +41,7 @@ FEATURES = (
     *("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
 )
 """What TRL hands to the model's forward, where a batch has it."""
+NOTHING = "no completion has a token"
 
 
 class FastGRPOTrainer(GRPOTrainer):
@@ -56,9 +60,12 @@ class FastGRPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, keep_groups: bool = True, attention: str = "auto", **kwargs: Any):
         for name, parameters in SEAMS.items():
             seam(f"{TRAINER}.{name}", parameters)
+        features = list(inspect.signature(seam(f"{TRAINER}.{SCORES}")).parameters)[len(SEAMS[SCORES]) :]
+        if unknown := set(features) - set(FEATURES):
+            raise SeamError(f"{TRAINER}.{SCORES} takes {sorted(unknown)}, which nothing is known of here")
         self._scorers: dict[int, Scorer] = {}
         self._given: Scored | None = None
-        self._said: set[str] = set()
+        self._said: set[str] = {NOTHING}  # no warning is due
         self._keep_groups, self._attention = keep_groups, attention
         self._fast_problem: str | None = "the trainer is under construction"
         super().__init__(*args, **kwargs)
@@ -71,8 +78,11 @@ class FastGRPOTrainer(GRPOTrainer):
             if model is not None:
                 self._scorer(model)
         on_unpatch("trl", self.release)
-        if self._objective is not None:
-            check_objective_against(self, self._objective, self._trl_loss)
+        self._checked(self._objective)
+
+    def _checked(self, objective: PolicyObjective | None) -> None:
+        if objective is not None:
+            check_objective_against(self, objective, self._trl_loss)
 
     def release(self) -> None:
         """Give the models back; from here on the trainer works as TRL's. :func:`unpatch` calls it."""
@@ -89,13 +99,18 @@ class FastGRPOTrainer(GRPOTrainer):
         parallel = self.accelerator.parallelism_config
         if any(getattr(parallel, f"{kind}_enabled", False) for kind in ("cp", "sp", "tp")):
             return "context, sequence and tensor parallelism are not covered"
+        if self.accelerator.mixed_precision == "fp16":
+            return "fp16 with loss scaling: the gradient is made before the scale is known (use bf16)"
+        if self.args.neftune_noise_alpha:
+            return "NEFTune's noise depends on the length of a row"
         if self.aux_loss_enabled:
             return "the load-balancing loss of a mixture of experts is not covered"
         return next((p for m in (self.model, self.ref_model) if m is not None and (p := scorer_problem(m))), None)
 
     def _say(self, reason: str) -> None:
-        if reason not in self._said:
-            self._said.add(reason)
+        kind = re.sub(r"\d+", "#", reason)
+        if kind not in self._said:
+            self._said.add(kind)
             warnings.warn(f"FastGRPOTrainer leaves this to TRL: {reason}", stacklevel=4)
 
     def _scorer(self, model: Any) -> Scorer:
@@ -131,6 +146,8 @@ class FastGRPOTrainer(GRPOTrainer):
                 grouped = scorer.group(input_ids, attention_mask, logits_to_keep, features)
             except ValueError as error:
                 problem = str(error)
+        if problem is None and not grouped.groups:
+            problem = NOTHING
         if problem is not None:
             self._say(problem)
             settings = (batch_size, compute_entropy, compute_aux_loss)
@@ -155,21 +172,25 @@ class FastGRPOTrainer(GRPOTrainer):
             return super()._compute_loss(model, inputs)
         if not mask.any():
             return super()._compute_loss(model, inputs)  # nothing is trained: TRL's loss is 0, with a graph
+        if (objective := objective_of(self)) != self._objective:  # somebody has a schedule for a setting
+            self._objective = objective
+            self._checked(objective)
         values = token_values(self, inputs, mask)
         with self.accelerator.autocast():
-            loss, scored = scorer.loss(model, grouped, mask, values, lambda at: self._at(at, grouped.shape, inputs))
+            loss, scored = scorer.loss(model, grouped, mask, values, lambda at: self._at(at, inputs, mask))
         if self._objective is not None:
             with torch.no_grad():  # for the metrics
                 self._trl_loss(inputs, *self._filled(scored, inputs, mask))
         return loss
 
-    def _at(self, places: Tensor, shape: tuple[int, int], inputs: dict[str, Any]) -> Objective:
-        """The loss of rows that stand in the ``places`` [N] of a flat ``[B, C]``: ours, or TRL's own code."""
+    def _at(self, places: Tensor, inputs: dict[str, Any], mask: Tensor) -> Objective:
+        """The loss of rows that stand in the ``places`` [N] of a flat ``mask`` [B, C]: ours, or TRL's own code."""
         if self._objective is not None:
             return self._objective
 
         def trl(logp: Tensor, entropy: Tensor, _: TokenBatch) -> Tensor:
-            return self._trl_loss(inputs, scatter(logp, places, shape), scatter(entropy, places, shape))
+            scored = Scored(*(scatter(x, places, (len(mask), mask.shape[1])) for x in (logp, entropy)))
+            return self._trl_loss(inputs, *self._filled(scored, inputs, mask))
 
         return trl
 

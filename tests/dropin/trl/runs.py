@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revisual_fast.integrations.trl import FastGRPOTrainer
-from revisual_fast.integrations.trl.objective import check_objective_against, objective_of
 from tests.models import build, tiny_config
 
 WORDS = ["<pad>", "<eos>", "<im_start>", "<im_end>", "<unk>", "<|image_pad|>", "<|video_pad|>"]
@@ -80,9 +78,9 @@ class Rollouts:
     replay: bool = False
 
 
-def replaying(trainer_class: type, rollouts: Rollouts, logprobs: bool = False) -> type:
-    """The class, its completions recorded or replayed; they have many lengths. ``logprobs``: with those of an engine
-    that is a little off."""
+def replaying(trainer_class: type, rollouts: Rollouts, logprobs: bool, end: Any) -> type:
+    """The class, its completions recorded or replayed, cut where ``end(turn, i)`` says. ``logprobs``: with those of an
+    engine that is a little off."""
 
     class Replaying(trainer_class):
         turn = 0
@@ -92,7 +90,7 @@ def replaying(trainer_class: type, rollouts: Rollouts, logprobs: bool = False) -
                 use, self.use_vllm = self.use_vllm, False
                 ids, _ = super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
                 self.use_vllm = use
-                ids = [[*row[: 2 + (5 * i) % 9], 1] for i, row in enumerate(ids)]
+                ids = [ended(row, end(self.turn, i)) for i, row in enumerate(ids)]
                 rng = torch.Generator().manual_seed(len(rollouts.made))
                 noisy = [(-4.2 + 0.3 * torch.randn(len(row), generator=rng)).tolist() for row in ids]
                 rollouts.made.append((ids, noisy if logprobs else None))
@@ -102,6 +100,12 @@ def replaying(trainer_class: type, rollouts: Rollouts, logprobs: bool = False) -
             return made
 
     return Replaying
+
+
+def ended(row: list[int], length: int) -> list[int]:
+    """With an end after ``length`` tokens, or none where the row is shorter; the model's own ends become words."""
+    row = [9 if token == 1 else token for token in row]
+    return [*row[:length], 1] if length < len(row) else row
 
 
 @dataclass
@@ -127,6 +131,9 @@ def train(
     family: str = "",
     config: Any = None,
     checkpoint: Path | None = None,
+    model: Any = None,
+    ours_order: bool = True,
+    end: Any = lambda turn, i: 2 + (5 * i) % 9,
     steps: int = 3,
     engine: bool = False,
     peft: Any = None,
@@ -137,7 +144,9 @@ def train(
     from transformers import TrainerCallback
     from trl import GRPOConfig
 
-    model = loaded(checkpoint or saved(config or tiny_config(family or ("qwen2_5_vl" if images else "qwen2")), folder))
+    model = model or loaded(
+        checkpoint or saved(config or tiny_config(family or ("qwen2_5_vl" if images else "qwen2")), folder)
+    )
     gradients: list[dict[str, Tensor]] = []
 
     class Keep(TrainerCallback):
@@ -153,7 +162,7 @@ def train(
         "generation_kwargs": {"suppress_tokens": [5, 6, 7, 8]},  # those of images and videos
     }
     arguments = GRPOConfig(**{**common, **settings})
-    made = replaying(trainer_class, rollouts, engine)(
+    made = replaying(trainer_class, rollouts, engine, end)(
         model=model,
         reward_funcs=reward,
         args=arguments,
@@ -163,8 +172,9 @@ def train(
         peft_config=peft,
         **(more or {}),
     )
+    made._keep_groups = made._keep_groups and ours_order if hasattr(made, "_keep_groups") else False
     if engine:
-        as_with_vllm(made)
+        made.use_vllm = True
     made.train()
     rollouts.replay = True
     history = made.state.log_history
@@ -188,15 +198,6 @@ def loaded(folder: Path) -> Any:
     return loader.from_pretrained(folder, dtype=torch.float32)
 
 
-def as_with_vllm(trainer: Any) -> None:
-    """Where TRL has log-probs of an engine and corrects for it."""
-    trainer.use_vllm = True
-    if isinstance(trainer, FastGRPOTrainer):  # the constructor has read the settings before
-        trainer._objective = objective_of(trainer)
-        if trainer._objective is not None:
-            check_objective_against(trainer, trainer._objective, trainer._trl_loss)
-
-
 def differences(found: Run, wanted: Run) -> dict[str, float]:
     """Largest relative differences of losses, metrics and gradients: of a gradient's norm, and of all values else."""
     assert found.metrics.keys() == wanted.metrics.keys()
@@ -217,7 +218,7 @@ def differences(found: Run, wanted: Run) -> dict[str, float]:
 def worst(found: list[Any], wanted: list[Any]) -> float:
     """Relative to the largest of ``wanted``, at least 0.1: on-policy, a loss is a mean of advantages around 1 that
     cancel."""
-    a, b = torch.tensor(found, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
+    a, b = (torch.tensor([float("nan") if v is None else v for v in x]).double() for x in (found, wanted))
     assert a.shape == b.shape
     assert torch.equal(a.isnan(), b.isnan())
     return float((a - b).nan_to_num().abs().max() / b.nan_to_num().abs().max().clamp(min=0.1))
