@@ -1,13 +1,15 @@
 """The benchmark of a training step, at toy sizes: all compute the same gradients, and who does not gets no time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from bench import harness, plot, problems, report, step, step_inputs
-from bench.report_step import share_points
+from bench import harness, plot, problems, report, step, step_inputs, step_trl
+from bench.report_step import TRL_FAST, TRL_HEAD, TRL_STEP, share_points, shares
 from bench.step_inputs import MODELS, Step, build, make_step, step_errors
 from bench.step_peers import PADDED, TRL
-from bench.targets import STEP_GPU, STEP_TARGETS, targets
+from bench.targets import STEP_GPU, STEP_TARGETS, TRL_LABEL, targets
 
 STEPS = {
     "image": Step(40, 9, 4, (1, 8, 12), model="tiny"),
@@ -182,3 +184,21 @@ def test_on_a_gpu_tokens_and_mfu():
     assert "| 1,536 | 40% |" in report.table(rows)
     (found,) = [target for target in targets(rows) if STEP_GPU[0] in target.text]
     assert found.measured == f"against {TRL}: 7.00x (revisual-fast), 50% of the measured GEMM rate, MFU 40%"
+
+
+def test_a_step_inside_trl(monkeypatch):
+    """Stock, with the fused head, and packed: the same gradients; what packing and what the head gives, apart."""
+    pytest.importorskip("trl", reason="trl is not installed")
+    case = replace(STEPS["image"].case("float32", "cpu"), op=TRL_STEP)
+    monkeypatch.setitem(step.STEPS, case.label, STEPS["image"])
+    rows = rows_of(step_trl.trl_step(case), rounds=2)
+    assert [(row["variant"], row["status"]) for row in rows] == [(name, "ok") for name in (TRL, TRL_HEAD, TRL_FAST)]
+    assert max(error for row in rows for error in row["errors"].values()) < 1e-5
+    for row, seconds in zip(rows, (8.0, 4.0, 1.0), strict=True):
+        row["median_s"] = seconds
+        row["case"]["label"] = TRL_LABEL
+    assert shares(rows) == {"all": 8.0, "head": 2.0, "packing": 4.0}
+    (target,) = [t for t in targets(rows) if "`trl_step`" in t.text and t.measured != "not measured"]
+    assert (target.measured, target.verdict) == ("8.00x: packing 4.00x, fused head 2.00x", "reached")
+    assert shares(rows[:2]) == {}
+    assert "**8.00x**" in report.table(rows)

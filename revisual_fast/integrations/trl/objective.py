@@ -110,7 +110,7 @@ def _compare(trainer: Any, objective: PolicyObjective, trl_loss: Any, on_policy:
     padded = [torch.zeros_like(logp).flatten().scatter(0, places, x).view_as(logp) for x in found]
     named = zip(("value", "gradient by the log-probs", "gradient by the entropies"), (ours, *padded), strict=True)
     for (name, mine), their in zip(named, (theirs.detach(), *wanted), strict=True):
-        size = their.abs().max() if name != "value" else (wanted[0] * logp).abs().sum()  # a value may cancel
+        size = their.abs().max() if name != "value" else (wanted[0] * logp.detach()).abs().sum()  # a value may cancel
         error = float((mine - their).abs().max() / size.clamp(min=1e-30))
         if not error <= 1e-5:
             raise SeamError(
