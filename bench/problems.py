@@ -29,7 +29,7 @@ OPS: dict[str, Callable[[Case], Problem]] = {
     "rollout": rollout.rollout,
     "weight_sync": rollout.weight_sync,
 }
-ALONE = {"rollout", "weight_sync"}  # only where they are named: vLLM has an interpreter of its own
+ALONE = {"rollout", "weight_sync", "trl_step"}  # only where they are named: vLLM and TRL have environments of their own
 HEADLESS = {  # have no D
     *("policy_loss_from_logits", "policy_loss_from_logits_gspo", "logits_statistics"),
     *("group_advantages", "pad_selection"),

@@ -89,7 +89,7 @@ def test_targets_are_reached_missed_or_not_measured():
     assert cpu[1].measured.startswith("against eager: 0.200 (revisual-fast torch); fastest")
     assert cpu[1].measured.endswith("Liger fused linear GRPO, 0.200 of its memory")
     rest = [target for target in found if target not in cpu]
-    assert len(rest) == 18
+    assert len(rest) == 21
     assert {target.measured for target in rest} == {MISSING}
     text = report.results(CPU_ROWS, {})
     assert text.count("| not measured |") == 18
@@ -184,4 +184,4 @@ def test_report_and_picture_are_written(tmp_path):
 
 def test_results_without_a_measurement(tmp_path):
     (path,) = report.write(tmp_path, tmp_path)
-    assert path.read_text().count("| not measured |") == 22
+    assert path.read_text().count("| not measured |") == 25
