@@ -35,7 +35,7 @@ quickstart: $(VENV)/.base
 	$(BIN)/revisual-fast train configs/quickstart.yaml --overwrite
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-vllm: $(VENV_VLLM)/.test
 	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest tests/vllm
