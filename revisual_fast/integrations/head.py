@@ -114,6 +114,14 @@ def head_of(base: Any) -> Any:
     return head
 
 
+def head_problem(model: Any, partitioned: str) -> str | None:
+    """Why the head of ``model`` cannot be asked for log-probs; ``partitioned`` where ZeRO stage 3 holds it. Or None."""
+    try:
+        return partitioned if hasattr(head_of(base_of(model)).weight, "ds_id") else None
+    except ValueError as error:
+        return str(error)
+
+
 def gathered(head: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias as plain tensors, whole.
 

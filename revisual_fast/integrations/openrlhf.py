@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revisual_fast.integrations.head import base_of, head_of
+from revisual_fast.integrations.head import head_problem
 from revisual_fast.integrations.seams import check_version, replace, seam
 from revisual_fast.integrations.transformers import IGNORE, score_tokens
 
@@ -81,16 +81,10 @@ def patch_openrlhf() -> None:
 
 def _problem(actor: Any, wants_logits: bool) -> str | None:
     """Why OpenRLHF's own code runs, warned about once for each reason; None where it need not."""
-    problem = None
     if wants_logits:
-        problem = "a caller wants the logits themselves"
+        problem: str | None = "a caller wants the logits themselves"
     else:
-        try:
-            head = head_of(base_of(actor.model))
-            if hasattr(head.weight, "ds_id"):
-                problem = "ds.zero_stage 3 has partitioned the head (use stage 2)"
-        except ValueError as error:
-            problem = str(error)
+        problem = head_problem(actor.model, "ds.zero_stage 3 has partitioned the head (use stage 2)")
     if problem is not None and problem not in _told:
         _told.add(problem)
         warnings.warn(f"revisual_fast: OpenRLHF's own Actor.forward runs: {problem}", stacklevel=3)

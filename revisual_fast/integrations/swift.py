@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revisual_fast.integrations.head import base_of, head_of
+from revisual_fast.integrations.head import head_problem
 from revisual_fast.integrations.seams import check_version, replace, seam
 from revisual_fast.integrations.transformers import IGNORE, score_tokens
 
@@ -79,15 +79,10 @@ def _in_one_row(counts: Tensor, spread: Any, keep: int, lengths: Tensor) -> Tens
 
 def _problem(trainer: Any, base: Any) -> str | None:
     """Why ms-swift's own code runs, warned about once for each reason; None where it need not."""
-    problem = None
     if trainer.template.sequence_parallel_size > 1:
-        problem = "sequence_parallel_size > 1 cuts sequences over devices"
+        problem: str | None = "sequence_parallel_size > 1 cuts sequences over devices"
     else:
-        try:
-            if hasattr(head_of(base_of(base)).weight, "ds_id"):
-                problem = "deepspeed zero3 has partitioned the head (use zero2)"
-        except ValueError as error:
-            problem = str(error)
+        problem = head_problem(base, "deepspeed zero3 has partitioned the head (use zero2)")
     if problem is not None and problem not in _told:
         _told.add(problem)
         warnings.warn(f"revisual_fast: ms-swift's own log-probs are used: {problem}", stacklevel=3)
