@@ -15,7 +15,7 @@ import torch
 from bench import machine
 from bench.checks import failures, said
 from bench.harness import Case, DeviceLost, append, measure, release_or_lost, stamp
-from bench.problems import DTYPES, OPS, ROUNDS, STEP_ROUNDS, cases, reserve, rounds
+from bench.problems import DTYPES, OPS, ROUNDS, STEP_ROUNDS, cases, reserve, rounds, within
 
 RESULTS = machine.ROOT / "bench" / "results"
 BUDGET = {"cpu": None, "gpu": 460.0}  # seconds
@@ -41,11 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"The CPU suite keeps {free} busy: nothing else may run beside it. OMP_NUM_THREADS sets the number.")
     budget = BUDGET[suite] if options.budget is None else options.budget
     good, end = True, None if budget is None else start + budget
+    sure = len(todo) if budget is None else len(within(todo, budget))
     for index, case in enumerate(todo):
         if end is not None and time.perf_counter() + reserve([case]) > end:
             print(f"\n--budget does not reach further; left out: {'; '.join(case.title for case in todo[index:])}")
             break
-        deadline = None if end is None else end - reserve(todo[index + 1 :])
+        deadline = None if end is None else end - reserve(todo[index + 1 : sure])
         try:
             good &= _measured(case, head, options.rounds or rounds(suite, case), deadline, options.out)
         except DeviceLost as error:

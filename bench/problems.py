@@ -96,15 +96,15 @@ def cases(
     """The suite's cases, for the named ops (default all), one shape and some dtypes instead of its own; of the training
     steps, whose shapes are their own, none where a shape is given. ``title``: those whose title has it in it.
 
-    The second shape of an op comes after all the first ones. Raises ValueError for a shape that an op cannot take, or
-    if no case is left.
+    The second shape of an op comes after all the first ones, and a GPU's long training steps last. Raises ValueError
+    for a shape that an op cannot take, or if no case is left.
     """
     device = "cpu" if suite == "cpu" else "cuda"
     found = []
     for op in ops or (op for op in OPS if op not in ALONE):
         if op in LABELLED:
             labelled = [] if shape else LABELLED[op](suite)
-            found += [(0, case) for case in labelled if not dtypes or case.dtype in dtypes]
+            found += [(2 * (case.label in step.LONG), case) for case in labelled if not dtypes or case.dtype in dtypes]
             continue
         for rank, (n, d, v) in enumerate([shape] if shape else SHAPES[suite][op]):
             sizes = (n, 0 if op in HEADLESS else d, 0 if op in WORDLESS else v)
@@ -132,6 +132,14 @@ def check(case: Case) -> None:
 def reserve(cases: Sequence[Case]) -> float:
     """Seconds of a budget that are kept for these cases."""
     return sum(RESERVE["step" if case.op in LABELLED else "short" if case.op in SHORT else "long"] for case in cases)
+
+
+def within(cases: Sequence[Case], seconds: float) -> Sequence[Case]:
+    """The first cases, as many as the time can be kept for; the others get what these leave."""
+    count = len(cases)
+    while count and reserve(cases[:count]) > seconds:
+        count -= 1
+    return cases[:count]
 
 
 def rounds(suite: str, case: Case) -> int:

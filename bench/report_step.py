@@ -29,6 +29,19 @@ def step_cells(row: Row, base: Row | None, on_gpu: bool) -> list[str]:
     return cells
 
 
+def phase_line(rows: Sequence[Row]) -> str:
+    """What the phases of our default's pass take, as shares of their sum; empty where they were not measured."""
+    row = next((row for row in rows if row["variant"] == "revisual-fast" and row.get("phases_s")), None)
+    if row is None:
+        return ""
+    phases = dict(row["phases_s"])
+    vision = phases.pop("vision", 0.0)
+    whole = sum(phases.values())
+    parts = [f"{name} {seconds / whole:.0%}" for name, seconds in phases.items()]
+    tower = f"; the vision tower's forward pass alone {vision / whole:.0%}" if vision else ""
+    return f"Phases of revisual-fast, the device waited for after each: {', '.join(parts)}{tower}."
+
+
 def share_points(rows: Sequence[Row]) -> list[dict[str, float]]:
     """Of every share of the prompt that was measured: ``prompt``, ``response``, ``share``, ``measured`` speed-up of
     packing over padding, its ``low`` and ``high`` from the rounds, and the ``predicted`` one."""

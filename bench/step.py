@@ -10,33 +10,36 @@ import torch
 
 from bench.checks import Outputs
 from bench.harness import Call, Case, Problem, Variant
-from bench.inputs import OBJECTIVE
 from bench.machine import copy_ceiling, gemm_ceiling
-from bench.step_inputs import LARGE, MODELS, SMALL, Step, StepInputs, build, gradients, make_step, step_errors
+from bench.step_inputs import HUGE, LARGE, MODELS, SMALL, Step, StepInputs, build, gradients, make_step, step_errors
+from bench.step_ours import PackedStep, checkpointed
 from bench.step_peers import PADDED, reference, transformers_padded, trl_trainer
-from revisual_fast import TokenBatch, linear_policy_loss
 from revisual_fast.packing import CostModel, Group, Layout
 from revisual_fast.policy.attention import available_backends, pick_attention
 from revisual_fast.policy.families.shapes import model_shape
-from revisual_fast.policy.model import Policy
 
 OURS = "revisual-fast"
-GEMM_ROWS = 2048
+GEMM_ROWS = {"cpu": 2048, "cuda": 8192}
 
 _IMAGE, _LARGE_IMAGE = (1, 28, 28), (1, 70, 68)
+_SHORT: dict[str, Any] = {"checkpointing": True, "detail": True}
+_LONG: dict[str, Any] = {"checkpointing": True, "padded_rows": 4, "tf32": True}
 STEPS = {
     step.label: step
     for step in (
-        Step(250, 96, 8, _IMAGE),
+        Step(250, 96, 8, _IMAGE, detail=True),
         Step(250, 512, 8, _IMAGE),
         Step(64, 512, 8),
         Step(250, 96, 8, _IMAGE, shortest=48),
-        Step(1450, 500, 8, _LARGE_IMAGE, model=LARGE, checkpointing=True),
-        Step(1450, 3500, 8, _LARGE_IMAGE, model=LARGE, checkpointing=True),
+        Step(1450, 500, 8, _LARGE_IMAGE, model=HUGE, **_SHORT),
+        Step(1450, 500, 8, _LARGE_IMAGE, model=LARGE, **_SHORT),
+        Step(1450, 3500, 8, _LARGE_IMAGE, model=HUGE, **_LONG),
+        Step(1450, 3500, 8, _LARGE_IMAGE, model=LARGE, **_LONG),
+        Step(250, 4500, 8, model=HUGE, **_LONG),
+        Step(250, 4500, 8, model=LARGE, **_LONG),
     )
 }
-ALL_LAYOUTS = {"250/96/8, image of 196 tokens", *(step.label for step in STEPS.values() if step.model == LARGE)}
-"""The other cases have the shared layout alone: a call takes seconds."""
+LONG = {step.label for step in STEPS.values() if step.padded_rows}
 SHARE = "prompt + response = 128, G = 8, text"
 SHARES = [Step(prompt, 128 - prompt, 8) for prompt in (8, 16, 32, 48, 64, 80, 96, 112)]
 
@@ -44,7 +47,7 @@ SHARES = [Step(prompt, 128 - prompt, 8) for prompt in (8, 16, 32, 48, 64, 80, 96
 def suite(name: str) -> list[Case]:
     """The most important first; on the CPU bf16 only where it is quick."""
     if name == "gpu":
-        return [step.case("bfloat16", "cuda") for step in STEPS.values() if step.model == LARGE]
+        return [step.case("bfloat16", "cuda") for step in STEPS.values() if step.model in (LARGE, HUGE)]
     small = [step for step in STEPS.values() if step.model == SMALL]
     return [*(step.case("float32", "cpu") for step in small), small[0].case("bfloat16", "cpu")]
 
@@ -120,39 +123,50 @@ def padded_flops(cost: CostModel, group: Group) -> int:
 
 
 def _ours(case: Case, x: StepInputs, cost: CostModel) -> Iterator[Variant]:
-    """The default, then other layouts, then the other attention backends that run here."""
+    """The default; of a step to be looked at in detail also what checkpointing costs, other layouts, and the other
+    attention backends that run here."""
     yield _packed(case, x, cost)
+    if not x.step.detail:
+        return
+    if x.step.checkpointing:
+        yield _packed(case, x, cost, checkpointing=False)
     layouts: tuple[Layout, ...] = ("varlen", "padded")
-    for layout in layouts if case.label in ALL_LAYOUTS else ():
+    for layout in layouts:
         yield _packed(case, x, cost, layout)
     for backend, state in available_backends().items():
         if case.device == "cuda" and state == "yes":
             yield _packed(case, x, cost, attention=backend)
 
 
-def _packed(case: Case, x: StepInputs, cost: CostModel, layout: Layout = "shared", attention: str = "auto") -> Variant:
-    """Packing is part of the call."""
+def _packed(
+    case: Case,
+    x: StepInputs,
+    cost: CostModel,
+    layout: Layout = "shared",
+    attention: str = "auto",
+    checkpointing: bool | None = None,
+) -> Variant:
+    """Packing is part of the call. ``checkpointing``: as in the step, unless said."""
     name = OURS if layout == "shared" else f"{OURS}, {layout} layout"
     name = name if attention == "auto" else f"{name}, {attention} attention"
+    name = name if checkpointing is None else f"{name}, {'with' if checkpointing else 'no'} checkpointing"
 
     def setup() -> Call:
-        policy = Policy(x.model, attention=attention)
-        lengths = torch.tensor([len(c) for c in x.group.completions])
+        packed = PackedStep(x, layout, attention)
 
         def run() -> Outputs:
-            batch = policy.pack([x.group], layout)
-            advantages = x.advantages.repeat_interleave(lengths.to(x.device), output_size=len(batch.targets))
-            tokens = TokenBatch(advantages, cu_seqlens=batch.cu_seqlens)
-            out = linear_policy_loss(
-                policy.hidden(batch), policy.head_weight, batch.targets, tokens, OBJECTIVE, bias=policy.head_bias
-            )
-            return gradients(x.model, out.loss)
+            with checkpointed(x, checkpointing):
+                return gradients(x.model, packed.loss())
 
         return Call(run)
 
+    def split(outputs: Outputs, answer: Outputs) -> dict[str, Any]:
+        with checkpointed(x, checkpointing):
+            return {"phases_s": PackedStep(x, layout, attention).phases()}
+
     chosen = pick_attention(attention, torch.device(case.device), case.torch_dtype)[0]
     note = f"{layout} layout, {chosen} attention"
-    return Variant(name, "ours", setup, note=note, yardstick=PADDED, flops=cost.flops(x.group, layout))
+    return Variant(name, "ours", setup, note=note, yardstick=PADDED, flops=cost.flops(x.group, layout), extra=split)
 
 
 def step_problem(
@@ -160,7 +174,7 @@ def step_problem(
 ) -> Problem:
     """The fewest bytes: parameters in, gradients out. The ceiling's product is that of an MLP."""
     text, parameters = model.config.text_config, sum(p.numel() for p in model.parameters())
-    sizes = (GEMM_ROWS, text.hidden_size, text.intermediate_size)
+    sizes = (GEMM_ROWS[case.device], text.hidden_size, text.intermediate_size)
     ceilings = {
         "copy": copy_ceiling(case.device),
         "gemm": gemm_ceiling(*sizes, case.torch_dtype, case.device),

@@ -7,7 +7,7 @@ completions' tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from bench.harness import Case
 from revisual_fast.packing import Group, Prompt
 
 PAD, IMAGE, FIRST_WORD = 0, 5, 10  # ids: padding, image token, the first of the ids that words are drawn from
-SMALL, LARGE = "Qwen2.5-VL-3B, a quarter as wide, 8 layers", "Qwen2.5-VL-3B"
+SMALL, LARGE, HUGE = "Qwen2.5-VL-3B, a quarter as wide, 8 layers", "Qwen2.5-VL-3B", "Qwen2.5-VL-7B"
 WIDER = {"float32": torch.float64, "bfloat16": torch.float32}  # dtype of a case -> of its reference
 
 
@@ -35,6 +35,9 @@ class Step:
     shortest: int | None = None  # tokens of the shortest completion; None: all are equally long
     model: str = SMALL
     checkpointing: bool = False
+    padded_rows: int | None = None  # of a padded forward, where all completions' logits at once would not fit
+    tf32: bool = False  # the reference's products, where fp32 ones would take most of a minute
+    detail: bool = False  # our variants beside the default as well: a call may take seconds
 
     @property
     def image_tokens(self) -> int:
@@ -48,10 +51,11 @@ class Step:
 
     @property
     def label(self) -> str:
-        """``250/96/8, image of 196 tokens``."""
+        """``250/96/8, image of 196 tokens``; a published model's name first."""
         response = self.response if self.shortest is None else f"{self.shortest} to {self.response}"
         content = "text" if self.grid is None else f"image of {self.image_tokens:,} tokens"
-        return f"{self.prompt}/{response}/{self.group}, {content}"
+        model = f"{self.model}, " if self.model in (LARGE, HUGE) else ""
+        return f"{model}{self.prompt}/{response}/{self.group}, {content}"
 
     def case(self, dtype: str, device: str) -> Case:
         """``n`` is the number of tokens trained."""
@@ -74,14 +78,27 @@ def large_config() -> Any:
     return _config(
         {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "vocab_size": 151936},
         {"num_attention_heads": 16, "num_key_value_heads": 2, "mrope_section": [16, 24, 24]},
-        {
-            **{"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16},
-            "fullatt_block_indexes": [7, 15, 23, 31],
-        },
+        PUBLISHED_VISION,
     )
 
 
-def _config(text: dict[str, Any], attention: dict[str, Any], vision: dict[str, Any]) -> Any:
+def huge_config() -> Any:
+    """Qwen2.5-VL-7B, as published."""
+    return _config(
+        {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064},
+        {"num_attention_heads": 28, "num_key_value_heads": 4, "mrope_section": [16, 24, 24]},
+        PUBLISHED_VISION,
+        tied=False,
+    )
+
+
+PUBLISHED_VISION = {
+    **{"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16},
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+
+
+def _config(text: dict[str, Any], attention: dict[str, Any], vision: dict[str, Any], tied: bool = True) -> Any:
     from transformers import Qwen2_5_VLConfig
 
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": attention.pop("mrope_section")}
@@ -91,13 +108,13 @@ def _config(text: dict[str, Any], attention: dict[str, Any], vision: dict[str, A
         text_config={**text, **attention, **ends, "rope_parameters": rope, "max_position_embeddings": 32768},
         vision_config={**vision, "out_hidden_size": text["hidden_size"], "window_size": 112},
         video_token_id=6,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         **marks,
         **ends,
     )
 
 
-MODELS: dict[str, Callable[[], Any]] = {SMALL: small_config, LARGE: large_config}
+MODELS: dict[str, Callable[[], Any]] = {SMALL: small_config, LARGE: large_config, HUGE: huge_config}
 
 
 def build(config: Any, dtype: torch.dtype, device: str, checkpointing: bool = False) -> Any:
@@ -108,9 +125,15 @@ def build(config: Any, dtype: torch.dtype, device: str, checkpointing: bool = Fa
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model = loader.from_config(config, dtype=dtype)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    set_checkpointing(model, checkpointing)
     return model.train()
+
+
+def set_checkpointing(model: Any, on: bool) -> None:
+    if on:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
 
 
 @dataclass(frozen=True)
@@ -191,6 +214,16 @@ def gradients(model: Any, loss: Tensor) -> Outputs:
     names, parameters = zip(*model.named_parameters(), strict=True)
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return {name: gradient for name, gradient in zip(names, found, strict=True) if gradient is not None}
+
+
+def accumulated(model: Any, losses: Sequence[Callable[[], Tensor]]) -> Outputs:
+    """The same of the sum of ``losses``, one pass after the other, added up where a trainer adds them: in ``.grad``."""
+    try:
+        for loss in losses:
+            loss().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def step_errors(outputs: Outputs, answer: Outputs) -> dict[str, float]:

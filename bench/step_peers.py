@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from bench.checks import Outputs
 from bench.harness import Call, Case, Variant
 from bench.inputs import CLIP
 from bench.peers import why_not
-from bench.step_inputs import WIDER, StepInputs, as_transformers, build, gradients
+from bench.step_inputs import WIDER, StepInputs, accumulated, as_transformers, build, gradients
 
 PADDED = "transformers, padded"
 TRL = "TRL GRPOTrainer"
@@ -43,34 +44,49 @@ def padded_loss(x: StepInputs, members: slice = slice(None)) -> Callable[[], Ten
     return loss
 
 
+def parts(x: StepInputs, size: int) -> list[slice]:
+    """The completions, so many at a time."""
+    return [slice(start, start + size) for start in range(0, x.step.group, size)]
+
+
 def reference(case: Case, x: StepInputs) -> Outputs:
-    """Every gradient, in fp32, from a wider dtype and one completion after the other: nothing is padded or shared."""
+    """Every gradient, from a wider dtype and one completion after the other: nothing is padded or shared."""
     model = build(x.model.config, WIDER[case.dtype], case.device, x.step.checkpointing)
     model.load_state_dict(x.model.state_dict())
     wide = StepInputs(x.step, model, x.group, x.advantages.to(WIDER[case.dtype]))
-    total: Outputs = {}
-    for index in range(x.step.group):
-        with as_transformers(model):
-            found = gradients(model, padded_loss(wide, slice(index, index + 1))())
-        total = {name: total[name] + value if total else value for name, value in found.items()}
-    return {name: value.float() for name, value in total.items()}
+    with as_transformers(model), _products_in_tf32(x.step.tf32):
+        found = accumulated(model, [padded_loss(wide, members) for members in parts(x, 1)])
+    return {name: value.float() for name, value in found.items()}
+
+
+@contextmanager
+def _products_in_tf32(on: bool) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if on else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def transformers_padded(case: Case, x: StepInputs) -> list[Variant]:
     """With sdpa, its default, and with flash-attn where that is installed."""
     from transformers.utils import is_flash_attn_2_available
 
+    size = x.step.padded_rows or x.step.group
+
     def variant(name: str, attention: str) -> Variant:
         def setup() -> Call:
-            loss = padded_loss(x)
+            losses = [padded_loss(x, members) for members in parts(x, size)]
 
             def run() -> Outputs:
                 with as_transformers(x.model, attention) as model:
-                    return gradients(model, loss())
+                    return accumulated(model, losses)
 
             return Call(run)
 
-        return Variant(name, "plain", setup, note=f"eager loss on the completions, {attention}", yardstick=PADDED)
+        note = f"eager loss on the completions, {attention}" + (f", {size} at a time" if x.step.padded_rows else "")
+        return Variant(name, "plain", setup, note=note, yardstick=PADDED)
 
     out = [variant(PADDED, "sdpa")]
     if case.device == "cuda" and is_flash_attn_2_available():

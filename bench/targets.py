@@ -21,7 +21,12 @@ STEP_PEERS = ("transformers, padded", "TRL GRPOTrainer")
 STEP_TARGETS = {"250/96/8, image of 196 tokens": 3.5, "250/512/8, image of 196 tokens": 1.4, "64/512/8, text": 1.1}
 ROLLOUT = "tiny-vl, 4 x 512/32/8, image of 196 tokens"
 TRL_LABEL = "250/96/8, image of 196 tokens"
-STEP_GPU = ("1450/500/8, image of 1,190 tokens", "1450/3500/8, image of 1,190 tokens")
+STEP_SHAPES = ("1450/500/8, image of 1,190 tokens", "1450/3500/8, image of 1,190 tokens", "250/4500/8, text")
+STEP_GPU: dict[str, float | None] = {  # -> least MFU
+    **{f"Qwen2.5-VL-7B, {shape}": 0.45 for shape in STEP_SHAPES},
+    **{f"Qwen2.5-VL-3B, {shape}": None for shape in STEP_SHAPES},
+}
+TRL_GPU = tuple(f"Qwen2.5-VL-3B, {shape}" for shape in STEP_SHAPES[:2])
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,8 @@ def targets(rows: Sequence[Row]) -> list[Target]:
         _trl(rows, "cpu", TRL_LABEL, "float32"),
         _rollout(rows),
         *_gpu(rows),
-        *(_step_on_gpu(rows, label) for label in STEP_GPU),
-        *(_trl(rows, "cuda", label, "bfloat16") for label in STEP_GPU),
+        *(_step_on_gpu(rows, label, least) for label, least in STEP_GPU.items()),
+        *(_trl(rows, "cuda", label, "bfloat16") for label in TRL_GPU),
     ]
 
 
@@ -78,7 +83,7 @@ def _rollout(rows: Sequence[Row]) -> Target:
 def _trl(rows: Sequence[Row], kind: str, label: str, dtype: str) -> Target:
     """The fast trainer against TRL's stock one, what packing gives and what the head gives apart."""
     on_cpu = kind == "cpu"
-    text = f"CPU, `{TRL_STEP}`, {label}, {dtype}" if on_cpu else f"CUDA, `{TRL_STEP}`, Qwen2.5-VL-3B, {label}, bf16"
+    text = f"CPU, `{TRL_STEP}`, {label}, {dtype}" if on_cpu else f"CUDA, `{TRL_STEP}`, {label}, bf16"
     text += f": `FastGRPOTrainer` {'at least 4x' if on_cpu else 'against'} TRL's stock `GRPOTrainer`, training part"
     found = shares(_step_rows(rows, kind, label, dtype, TRL_STEP))
     if not found:
@@ -87,20 +92,22 @@ def _trl(rows: Sequence[Row], kind: str, label: str, dtype: str) -> Target:
     return Target(text, measured, ("reached" if found["all"] >= 4 else "missed") if on_cpu else "measured")
 
 
-def _step_on_gpu(rows: Sequence[Row], label: str) -> Target:
-    """To be measured, without a figure that it has to reach."""
+def _step_on_gpu(rows: Sequence[Row], label: str, least: float | None) -> Target:
+    """Our fastest variant, whatever it is called; without ``least`` there is no figure that it has to reach."""
     here = _step_rows(rows, "cuda", label, "bfloat16")
-    text = f"CUDA, `grpo_step`, Qwen2.5-VL-3B, {label}, bf16: tokens/s of the faster of transformers and TRL, and MFU"
+    aim = "and MFU" if least is None else f"and at least {least:.0%} MFU"
+    text = f"CUDA, `grpo_step`, {label}, bf16: tokens/s of the faster of transformers and TRL, {aim}"
     base = _best(here, lambda row: row["role"] in ("plain", "peer"))
-    found, _ = _ours(here)
+    found = _best(here, lambda row: row["role"] == "ours")
     if base is None or found is None:
         return Target(text)
-    rate = found["flops_variant"] / found["median_s"]
+    rate, peak = found["flops_variant"] / found["median_s"], peak_flops(found["device"])
     shares = [f"{rate / found['ceiling_gemm_flops_per_s']:.0%} of the measured GEMM rate"]
-    peak = peak_flops(found["device"])
     shares += [f"MFU {rate / peak:.0%}"] if peak else []
     speed = f"{base['median_s'] / found['median_s']:.2f}x ({found['variant']})"
-    return Target(text, f"against {base['variant']}: {speed}, {', '.join(shares)}", "measured")
+    reached = least is not None and peak is not None and rate / peak >= least
+    verdict = "measured" if least is None or peak is None else "reached" if reached else "missed"
+    return Target(text, f"against {base['variant']}: {speed}, {', '.join(shares)}", verdict)
 
 
 def _step_rows(rows: Iterable[Row], kind: str, label: str, dtype: str, op: str = "grpo_step") -> list[Row]:
@@ -134,18 +141,25 @@ def _gpu(rows: Sequence[Row]) -> list[Target]:
     )
     liger = _named(logits, LIGER_ROWS)
     peer = _best(linear, lambda row: row["role"] == "peer" and set(row["outputs"]) >= GRADIENTS)
+    peer_of_logits = _best(logits, lambda row: row["role"] == "peer" and "d_logits" in row["outputs"])
     return [
-        _share(f"{what} at least 85% of the measured GEMM rate, 6 N D V counted", linear, "of_gemm", 0.85),
+        _share(f"{what} at least 90% of the measured GEMM rate, 6 N D V counted", linear, "of_gemm", 0.9),
         _speed(f"{what} at least 1.25x the fastest peer that computes the same gradient", linear, peer, 1.25),
         _speed(f"{what_logits} at least 1.3x Liger's", logits, liger, 1.3),
         _exact(f"{what}, identical policies, fp32 logits: largest abs(ratio - 1) below 1e-5", linear),
         _share(f"{what_logits} at least 90% of the copy bandwidth, 4 bytes a logit counted", logits, "of_copy", 0.9),
+        _line(f"{what_logits} at most 157 ns a token", logits, _ns_a_token, "{:.0f} ns", lambda ns: ns <= 157),
+        _speed(f"{what_logits} faster than every peer with a gradient", logits, peer_of_logits, 1.0),
         _speed(f"{what_logits} at least 1.5x Liger's GRPO kernel", logits, liger, 1.5),
         _speed(f"{what_gspo} at least 2x Liger's", gspo, _named(gspo, LIGER_SEQUENCES), 2.0),
         _share(
             f"{what_statistics} at least 90% of the copy bandwidth, 2 bytes a logit counted", statistics, "of_copy", 0.9
         ),
     ]
+
+
+def _ns_a_token(row: Row) -> float:
+    return row["median_s"] / row["case"]["n"] * 1e9
 
 
 def _of(rows: Iterable[Row], kind: str, op: str, shape: tuple[int, int, int], dtype: str) -> list[Row]:
