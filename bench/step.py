@@ -11,7 +11,7 @@ import torch
 from bench.checks import Outputs
 from bench.harness import Call, Case, Problem, Variant
 from bench.machine import copy_ceiling, gemm_ceiling
-from bench.step_inputs import HUGE, LARGE, MODELS, SMALL, Step, StepInputs, build, gradients, make_step, step_errors
+from bench.step_inputs import HUGE, LARGE, MODELS, SMALL, Step, StepInputs, build, make_step, step_errors
 from bench.step_ours import PackedStep, checkpointed
 from bench.step_peers import PADDED, reference, transformers_padded, trl_trainer
 from revisual_fast.packing import CostModel, Group, Layout
@@ -39,6 +39,7 @@ STEPS = {
         Step(250, 4500, 8, model=LARGE, **_LONG),
     )
 }
+FEW = 2  # completions of a long step, the prompt with them, fit without checkpointing
 LONG = {step.label for step in STEPS.values() if step.padded_rows}
 SHARE = "prompt + response = 128, G = 8, text"
 SHARES = [Step(prompt, 128 - prompt, 8) for prompt in (8, 16, 32, 48, 64, 80, 96, 112)]
@@ -123,13 +124,13 @@ def padded_flops(cost: CostModel, group: Group) -> int:
 
 
 def _ours(case: Case, x: StepInputs, cost: CostModel) -> Iterator[Variant]:
-    """The default; of a step to be looked at in detail also what checkpointing costs, other layouts, and the other
-    attention backends that run here."""
+    """The default; of a long step also few completions at a time, which need no checkpointing; of a step to be looked
+    at in detail the same in one pass, other layouts, and the other attention backends that run here."""
     yield _packed(case, x, cost)
+    if x.step.checkpointing:
+        yield _packed(case, x, cost, checkpointing=False, size=None if x.step.detail else FEW)
     if not x.step.detail:
         return
-    if x.step.checkpointing:
-        yield _packed(case, x, cost, checkpointing=False)
     layouts: tuple[Layout, ...] = ("varlen", "padded")
     for layout in layouts:
         yield _packed(case, x, cost, layout)
@@ -145,28 +146,32 @@ def _packed(
     layout: Layout = "shared",
     attention: str = "auto",
     checkpointing: bool | None = None,
+    size: int | None = None,
 ) -> Variant:
-    """Packing is part of the call. ``checkpointing``: as in the step, unless said."""
+    """Packing is part of the call. ``checkpointing``: as in the step, unless said; ``size``: completions at a time."""
     name = OURS if layout == "shared" else f"{OURS}, {layout} layout"
     name = name if attention == "auto" else f"{name}, {attention} attention"
     name = name if checkpointing is None else f"{name}, {'with' if checkpointing else 'no'} checkpointing"
+    name = name if size is None else f"{name}, {size} completions at a time"
+    pieces = [replace(x.group, completions=x.group.completions[members]) for members in x.parts(size or x.step.group)]
 
     def setup() -> Call:
-        packed = PackedStep(x, layout, attention)
+        packed = PackedStep(x, layout, attention, size)
 
         def run() -> Outputs:
             with checkpointed(x, checkpointing):
-                return gradients(x.model, packed.loss())
+                return packed.gradients()
 
         return Call(run)
 
     def split(outputs: Outputs, answer: Outputs) -> dict[str, Any]:
         with checkpointed(x, checkpointing):
-            return {"phases_s": PackedStep(x, layout, attention).phases()}
+            return {} if size else {"phases_s": PackedStep(x, layout, attention).phases()}
 
     chosen = pick_attention(attention, torch.device(case.device), case.torch_dtype)[0]
     note = f"{layout} layout, {chosen} attention"
-    return Variant(name, "ours", setup, note=note, yardstick=PADDED, flops=cost.flops(x.group, layout), extra=split)
+    flops = sum(cost.flops(piece, layout) for piece in pieces)
+    return Variant(name, "ours", setup, note=note, yardstick=PADDED, flops=flops, extra=split)
 
 
 def step_problem(

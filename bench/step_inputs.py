@@ -149,6 +149,10 @@ class StepInputs:
     def device(self) -> torch.device:
         return self.model.lm_head.weight.device
 
+    def parts(self, size: int) -> list[slice]:
+        """The completions, ``size`` at a time."""
+        return [slice(start, start + size) for start in range(0, self.step.group, size)]
+
     def rows(self, members: slice = slice(None)) -> Tensor:
         """Prompt and completion of each member, padded on the right, [B, P + C] int64."""
         rows = [torch.cat([self.group.prompt.ids, c]) for c in self.group.completions[members]]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from bench.checks import Outputs
 from bench.inputs import OBJECTIVE
-from bench.step_inputs import StepInputs, gradients, set_checkpointing
+from bench.step_inputs import StepInputs, accumulated, gradients, set_checkpointing
 from revisual_fast import TokenBatch, linear_policy_loss
-from revisual_fast.packing import Layout
+from revisual_fast.packing import Group, Layout
 from revisual_fast.policy.model import Policy
 
 
@@ -27,24 +29,32 @@ def checkpointed(x: StepInputs, on: bool | None) -> Iterator[None]:
 
 
 class PackedStep:
-    """Our pass over a step's group."""
+    """Our passes over a step's group: one, or one for every ``size`` of its completions, each with the prompt."""
 
-    def __init__(self, x: StepInputs, layout: Layout = "shared", attention: str = "auto") -> None:
+    def __init__(
+        self, x: StepInputs, layout: Layout = "shared", attention: str = "auto", size: int | None = None
+    ) -> None:
         self.x, self.layout, self.policy = x, layout, Policy(x.model, attention=attention)
-        self.lengths = torch.tensor([len(c) for c in x.group.completions])
+        self.members = x.parts(size or x.step.group)
 
-    def loss(self, done: Callable[[str], None] = lambda name: None) -> Tensor:
-        """``done`` is called with the name of every phase at its end."""
+    def gradients(self) -> Outputs:
+        """Of every parameter."""
+        return accumulated(self.x.model, [partial(self.loss, members) for members in self.members])
+
+    def loss(self, members: slice, done: Callable[[str], None] = lambda name: None) -> Tensor:
+        """``members``' part of the loss; ``done`` is called with the name of every phase at its end."""
         x, policy = self.x, self.policy
-        batch = policy.pack([x.group], self.layout)
-        advantages = x.advantages.repeat_interleave(self.lengths.to(x.device), output_size=len(batch.targets))
-        tokens = TokenBatch(advantages, cu_seqlens=batch.cu_seqlens)
+        batch = policy.pack([Group(x.group.prompt, x.group.completions[members])], self.layout)
+        tokens = TokenBatch(x.advantages[members], cu_seqlens=batch.cu_seqlens, weight=self._weight(len(batch.targets)))
         done("pack")
         hidden = policy.hidden(batch)
         done("forward")
         out = linear_policy_loss(hidden, policy.head_weight, batch.targets, tokens, OBJECTIVE, bias=policy.head_bias)
         done("loss")
         return out.loss
+
+    def _weight(self, count: int) -> Tensor:
+        return torch.full((count,), 1 / sum(self.x.step.lengths), device=self.x.device)
 
     def phases(self) -> dict[str, float]:
         """Seconds of each phase of a call of its own, the device waited for in between: ``pack``, ``forward``, ``loss``
@@ -60,7 +70,7 @@ class PackedStep:
 
         _wait(self.x.device)
         start = time.perf_counter()
-        loss = self.loss(done)
+        loss = self.loss(slice(None), done)
         gradients(self.x.model, loss)
         done("backward")
         if self.x.step.grid is not None:

@@ -44,18 +44,13 @@ def padded_loss(x: StepInputs, members: slice = slice(None)) -> Callable[[], Ten
     return loss
 
 
-def parts(x: StepInputs, size: int) -> list[slice]:
-    """The completions, so many at a time."""
-    return [slice(start, start + size) for start in range(0, x.step.group, size)]
-
-
 def reference(case: Case, x: StepInputs) -> Outputs:
     """Every gradient, from a wider dtype and one completion after the other: nothing is padded or shared."""
     model = build(x.model.config, WIDER[case.dtype], case.device, x.step.checkpointing)
     model.load_state_dict(x.model.state_dict())
     wide = StepInputs(x.step, model, x.group, x.advantages.to(WIDER[case.dtype]))
     with as_transformers(model), _products_in_tf32(x.step.tf32):
-        found = accumulated(model, [padded_loss(wide, members) for members in parts(x, 1)])
+        found = accumulated(model, [padded_loss(wide, members) for members in x.parts(1)])
     return {name: value.float() for name, value in found.items()}
 
 
@@ -77,7 +72,7 @@ def transformers_padded(case: Case, x: StepInputs) -> list[Variant]:
 
     def variant(name: str, attention: str) -> Variant:
         def setup() -> Call:
-            losses = [padded_loss(x, members) for members in parts(x, size)]
+            losses = [padded_loss(x, members) for members in x.parts(size)]
 
             def run() -> Outputs:
                 with as_transformers(x.model, attention) as model:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import harness, plot, problems, report, step, step_inputs, step_trl
+from bench import harness, plot, problems, report, step, step_inputs, step_ours, step_trl
 from bench.report_step import TRL_FAST, TRL_HEAD, TRL_STEP, phase_line, share_points, shares
 from bench.step_inputs import MODELS, Step, build, make_step, step_errors
 from bench.step_peers import PADDED, TRL
@@ -17,6 +17,7 @@ STEPS = {
     "image": Step(40, 9, 4, (1, 8, 12), model="tiny", detail=True),
     "lengths": Step(40, 9, 4, (1, 8, 12), shortest=3, model="tiny", padded_rows=3),
     "text": Step(12, 9, 4, model="tiny"),
+    "long": Step(40, 20, 4, (1, 8, 12), model="tiny", checkpointing=True, padded_rows=2),
     "checkpointing": Step(12, 9, 4, model="tiny", checkpointing=True, detail=True, tf32=True),
 }
 
@@ -50,6 +51,8 @@ def test_all_variants_compute_the_same_gradients(name, dtype, monkeypatch):
     pytest.importorskip("trl", reason="trl is not installed")
     rows = {row["variant"]: row for row in rows_of(problem_of(name, monkeypatch, dtype))}
     ours = ["revisual-fast"]
+    if name == "long":
+        ours += ["revisual-fast, no checkpointing, 2 completions at a time"]
     if STEPS[name].detail:
         ours += ["revisual-fast, no checkpointing"] if STEPS[name].checkpointing else []
         ours += ["revisual-fast, varlen layout", "revisual-fast, padded layout"]
@@ -73,16 +76,16 @@ def test_checkpointing_is_as_the_variant_says(monkeypatch):
     """During the call; afterwards as the step has it, for the others."""
     problem = problem_of("checkpointing", monkeypatch)
     seen = {}
-    gradients = step.gradients
+    accumulated = step_ours.accumulated
     for variant in problem.variants:
         if variant.role != "ours":
             continue
 
-        def watched(model, loss, name=variant.name):
+        def watched(model, losses, name=variant.name):
             seen[name] = model.is_gradient_checkpointing
-            return gradients(model, loss)
+            return accumulated(model, losses)
 
-        monkeypatch.setattr(step, "gradients", watched)
+        monkeypatch.setattr(step_ours, "accumulated", watched)
         variant.setup().run()
     assert {name for name, on in seen.items() if not on} == {"revisual-fast, no checkpointing"}
     assert len(seen) == 4
@@ -90,13 +93,13 @@ def test_checkpointing_is_as_the_variant_says(monkeypatch):
 
 @pytest.mark.parametrize("parameter", ["model.visual.blocks.0.attn.qkv.bias", "model.language_model.norm.weight"])
 def test_a_wrong_gradient_of_one_parameter_gets_no_time(parameter, monkeypatch):
-    gradients = step.gradients
+    accumulated = step_ours.accumulated
 
-    def wrong(model, loss):
-        found = gradients(model, loss)
+    def wrong(model, losses):
+        found = accumulated(model, losses)
         return found | {parameter: found[parameter] * (1 + 1e-4)}
 
-    monkeypatch.setattr(step, "gradients", wrong)
+    monkeypatch.setattr(step_ours, "accumulated", wrong)
     rows = {row["variant"]: row for row in rows_of(problem_of("image", monkeypatch))}
     assert rows["revisual-fast"]["status"] == "wrong"
     assert rows[PADDED]["status"] == "ok"
@@ -189,7 +192,14 @@ def timed(variant, role, median, flops, label, kind="cpu", **more):
             "of_floor": 0.5,
             "of_gemm": 0.5,
         },
-        **{"flops_variant": flops, "ceiling_gemm_flops_per_s": 8e14, "errors": {}, "errors_allowed": {}, "outputs": []},
+        **{
+            "flops": 2e14,
+            "flops_variant": flops,
+            "ceiling_gemm_flops_per_s": 8e14,
+            "errors": {},
+            "errors_allowed": {},
+            "outputs": [],
+        },
         **{"run": "1", "time": "2026-01-01", "rounds": 3, "versions": {}, "commit": {"rev": "abc", "dirty": False}},
         **more,
     }
