@@ -43,6 +43,9 @@ class Checkpoints:
         """Complete checkpoints, oldest first."""
         return sorted(self.folder.glob("step-*"))
 
+    def path(self, global_step: int) -> Path:
+        return self.folder / f"step-{global_step:08d}"
+
     def latest(self) -> Path | None:
         found = self.all()
         return found[-1] if found else None
@@ -62,7 +65,7 @@ class Checkpoints:
             save_file({k: v.contiguous() for k, v in optimizer.items()}, folder / "optimizer.safetensors")
             (folder / "state.json").write_text(json.dumps(state, indent=1))
 
-        path = self.folder / f"step-{global_step:08d}"
+        path = self.path(global_step)
         write_atomically(path, fill)
         for old in self.all()[: -self.keep]:
             _remove(old)

@@ -100,14 +100,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     from revisual_fast.config_file import load_config
 
     config = load_config(options.config, options.set)
+    from revisual_fast.distributed import joined
     from revisual_fast.evaluate import EngineError, evaluate_model
 
     try:
-        results = evaluate_model(config, options.model or config.start_model)
+        with joined() as ranks:
+            results = evaluate_model(config, options.model or config.start_model)
     except EngineError as error:
         print(f"revisual-fast: {error}", file=sys.stderr)
         return 1
-    for name, result in results.items():
+    for name, result in results.items() if ranks.main else ():
         print(f"{name}: accuracy {result['accuracy']:.4f}, n {result['n']}, mean length {result['length_mean']:.1f}")
         for reason, count in result["bad_records"].items():
             print(f"{name}: bad records ({reason}): {count}")

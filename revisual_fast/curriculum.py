@@ -14,6 +14,7 @@ from revisual_fast.checkpoint import Checkpoints, write_atomically
 from revisual_fast.config import Config, GRPOConfig
 from revisual_fast.data.processor import Processor
 from revisual_fast.data.records import BadRecordError, BadRecords, Record, load_dataset
+from revisual_fast.distributed import joined, world
 from revisual_fast.doctor import device_name
 from revisual_fast.evaluate import evaluate
 from revisual_fast.ops import OPS, resolve_backend
@@ -56,8 +57,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     Raises :class:`Interrupted` after Ctrl-C, :class:`NonFiniteError` when too many updates in a row had a non-finite
     loss or gradient, EngineError where the engine could not go on before there was anything to save, ValueError for
     anything that the configuration or the data got wrong, or (the run is saved) an engine that could not go on later.
+    In processes that torchrun started, the run is theirs together (:mod:`revisual_fast.distributed`).
     """
-    with Curriculum(config, resume=resume, overwrite=overwrite) as curriculum:
+    with joined(), Curriculum(config, resume=resume, overwrite=overwrite) as curriculum:
         return curriculum.run()
 
 
@@ -65,14 +67,16 @@ class Curriculum:
     """One run in ``config.run.dir``.
 
     Every stage starts from a model on disk: the configured one, then the result of the stage before. ``state`` (with
-    the stage's own) is all that a checkpoint needs besides model, optimizer and the lengths of the metric files.
+    the stage's own) is all that a checkpoint needs besides model, optimizer and the lengths of the metric files. Among
+    several ranks all go the same way, and the main one writes.
     """
 
     def __init__(self, config: Config, *, resume: bool, overwrite: bool):
         self.config = config
+        self.ranks = world()
         self.run_dir = RunDir(config, resume=resume, overwrite=overwrite)
         self.checkpoints = Checkpoints(self.run_dir.path, config.checkpoint.keep)
-        self.progress = Progress(config.telemetry.progress)
+        self.progress = Progress(config.telemetry.progress) if self.ranks.main else Progress.silent()
         self.stop = StopRequest()
         self.bad_records = BadRecords()
         self.state: dict[str, Any] = {"stage": 0, "global_step": 0, "seconds": {}, "steps": {}, "skipped": {}}
@@ -102,7 +106,7 @@ class Curriculum:
                 name = self.config.curriculum[self.state["stage"]]
                 with span(f"stage {name}"):
                     self._run_stage(name)
-                if self.stop.requested:
+                if self._stopping():
                     raise Interrupted(f"stopped; saved {self.checkpoints.latest()}; continue with --resume")
         return self._report()
 
@@ -122,8 +126,14 @@ class Curriculum:
         self.liger = use_liger(model.liger_kernels, device)
         check_rollout(self.config, device)
         self.records = self._load_data()
+        self.ranks.wait()  # until all have looked at the folder as it was
+        if not self.ranks.main:
+            self.ranks.wait()  # for the claim
+            self._open()
+            return
         self.run_dir.claim()
         try:
+            self.ranks.wait()
             self._open()
         except BaseException:
             self.run_dir.give_up()
@@ -133,18 +143,21 @@ class Curriculum:
     def _open(self) -> None:
         """Model, checkpoint, telemetry, header."""
         model, path = self.config.model, self.config.start_model
-        if model.init is not None and not Path(path).exists():
+        if model.init is not None and not Path(path).exists() and self.ranks.main:
             for line in build(model.init, path, seed=self.config.run.seed):
                 self.progress.message(line)
+        self.ranks.wait()
         check_model_path(path)
         self.processor = Processor(path, self.config.chat, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
         self._check_stages()
         every = [record for records in self.records.values() for record in records]
-        self.room = EngineRoom(self.config, self.processor, every, self.run_dir.path / "vllm.log")
+        log = "vllm.log" if self.ranks.main else f"vllm.{self.ranks.rank}.log"
+        self.room = EngineRoom(self.config, self.processor, every, self.run_dir.path / log)
         telemetry_state = self._restore() if self.resume else None
-        self.telemetry = Telemetry(
-            self.run_dir.path, self.config.telemetry, self.run_dir.path.name, resume_from=telemetry_state
-        )
+        if self.ranks.main:
+            self.telemetry = Telemetry(
+                self.run_dir.path, self.config.telemetry, self.run_dir.path.name, resume_from=telemetry_state
+            )
         self.header = self._header()
         for line in self.header:
             self.progress.message(line)
@@ -159,7 +172,9 @@ class Curriculum:
 
     def _restore(self) -> dict[str, Any] | None:
         """Go back to the newest checkpoint, if there is one; returns telemetry's part of it."""
-        self.checkpoints.recover()
+        if self.ranks.main:
+            self.checkpoints.recover()
+        self.ranks.wait()
         self.resumed_from = self.checkpoints.latest()
         if self.resumed_from is None:
             return None
@@ -197,6 +212,8 @@ class Curriculum:
         lines = [f"revisual-fast {__version__} · {device} · run {self.run_dir.path} · seed {self.config.run.seed}"]
         lines += [f"data {name}: {len(records)} records" for name, records in self.records.items()]
         lines += [f"bad records ({reason}): {count}" for reason, count in self.bad_records.counts.items()]
+        if self.ranks.size > 1:
+            lines.append(f"ranks: {self.ranks.size}, each with a whole model and its share of the optimizer's state")
         lines.append(f"curriculum: {' -> '.join(self.config.curriculum)}")
         lines.append(f"backends: {', '.join(f'{op} {resolve_backend(op)}' for op in OPS)}")
         lines.append("attention: {} ({})".format(*self.attention))
@@ -233,7 +250,9 @@ class Curriculum:
             raise self._diverged(name, stage, error) from None
         except EngineError as error:
             raise self._saved(error, stage) from error
-        write_atomically(self.run_dir.model(name), lambda folder: self._export(stage.policy, folder))
+        if self.ranks.main:
+            write_atomically(self.run_dir.model(name), lambda folder: self._export(stage.policy, folder))
+        self.ranks.wait()
         self._note(name, time.perf_counter() - began, stage.steps, stage.skipped)
         self.state["stage"] += 1
         self._save(stage.policy, None)
@@ -243,18 +262,21 @@ class Curriculum:
         while stage.steps < stage.total_steps:
             self._train_step(name, stage)
             self._note(name, time.perf_counter() - began, stage.steps, stage.skipped)
-            if self.stop.requested:
+            if self._stopping():
                 path = self._save(stage.policy, stage)
                 raise Interrupted(f"stopped after {name} step {stage.steps}; saved {path}; continue with --resume")
             if stage.steps % self.config.checkpoint.every == 0 and stage.steps < stage.total_steps:
                 self._save(stage.policy, stage)
+
+    def _stopping(self) -> bool:
+        """Whether some rank was asked to stop."""
+        return self.ranks.any(self.stop.requested)
 
     def _note(self, name: str, seconds: float, steps: int, skipped: int) -> None:
         for key, value in (("seconds", seconds), ("steps", steps), ("skipped", skipped)):
             self.state[key][name] = value
 
     def _train_step(self, name: str, stage: Stage) -> None:
-        assert self.telemetry is not None
         before = stage.state_dict()
         try:
             metrics = stage.run_step()
@@ -267,10 +289,9 @@ class Curriculum:
             raise self._diverged(name, stage, error) from None
         self.state["global_step"] += 1
         place = {"stage": name, "step": stage.steps, "global_step": self.state["global_step"]}
-        self.telemetry.step({**place, **metrics})
         self.progress.update({**place, **metrics})
-        if isinstance(stage, GRPOStage) and (stage.steps - 1) % self.config.telemetry.samples_every == 0:
-            self._store_sample(place, stage)
+        if self.telemetry is not None:
+            self._record(place, metrics, stage)
         every = self.config.evaluation.every
         if every is not None and stage.steps % every == 0:
             stage.settle()  # the engine does one thing at a time
@@ -285,8 +306,11 @@ class Curriculum:
         """The run is saved where it is; what to raise in place of ``error``."""
         return ValueError(f"{error}\nsaved {self._save(stage.policy, stage)}; continue with --resume")
 
-    def _store_sample(self, place: dict[str, Any], stage: GRPOStage) -> None:
+    def _record(self, place: dict[str, Any], metrics: dict[str, Any], stage: Stage) -> None:
         assert self.telemetry is not None
+        self.telemetry.step({**place, **metrics})
+        if not isinstance(stage, GRPOStage) or (stage.steps - 1) % self.config.telemetry.samples_every:
+            return
         assert stage.last_sample is not None
         record, completions = stage.last_sample
         sample = {**place, "prompt": record.prompt, "answer": record.answer, "source": record.source}
@@ -295,14 +319,14 @@ class Curriculum:
 
     @ranged("evaluate")
     def _evaluate(self, policy: Policy, stage: str, step: int, kind: str) -> None:
-        assert self.telemetry is not None
         session = self._session(policy)
         for name, dataset in getattr(self.config.evaluation, kind).items():
             self.progress.phase(f"evaluate {name}")
             with session.use(policy, step) as engine:
                 result = evaluate(self.records[dataset], self.config, engine, self.processor, self.bad_records)
             place = {"stage": stage, "step": step, "global_step": self.state["global_step"]}
-            self.telemetry.evaluation({**place, "kind": kind, "name": name, **result})
+            if self.telemetry is not None:
+                self.telemetry.evaluation({**place, "kind": kind, "name": name, **result})
             if kind == "heldout":
                 self.progress.message(f"{stage}: held-out {name} accuracy {result['accuracy']:.3f} (n = {result['n']})")
 
@@ -359,7 +383,6 @@ class Curriculum:
 
     def _save(self, policy: Policy, stage: Stage | None) -> Path:
         """A checkpoint in the middle of ``stage``, or (None) between two stages."""
-        assert self.telemetry is not None
 
         def save_model(folder: Path) -> None:
             if stage is None:
@@ -370,6 +393,10 @@ class Curriculum:
 
         self.progress.phase("checkpoint")
         place, tensors = stage.saved() if stage is not None else (None, {})
+        tensors = self.ranks.collect(tensors)
+        if self.telemetry is None:
+            self.ranks.wait()  # for the main rank to write
+            return self.checkpoints.path(self.state["global_step"])
         state = {
             "run": self.state,
             "curriculum": self.config.curriculum,
@@ -379,12 +406,14 @@ class Curriculum:
         }
         path = self.checkpoints.save(self.state["global_step"], save_model, tensors, state)
         self._write_run()
+        self.ranks.wait()
         return path
 
     def _write_run(self) -> None:
-        self.run_dir.write(self.state, self.header, self.bad_records.counts)
+        if self.ranks.main:
+            self.run_dir.write(self.state, self.header, self.bad_records.counts)
 
     @ranged("report")
     def _report(self) -> Path:
         self._write_run()
-        return write_report(self.run_dir.path)[1]
+        return write_report(self.run_dir.path)[1] if self.ranks.main else self.run_dir.path / "report.html"

@@ -10,11 +10,12 @@ from typing import Any
 from revisual_fast.config import Config, RewardConfig
 from revisual_fast.data.processor import Example, Processor
 from revisual_fast.data.records import BadRecords, Record, load_dataset
+from revisual_fast.distributed import world
 from revisual_fast.policy.load import load_policy
 from revisual_fast.ranges import ranged
 from revisual_fast.rewards import Completion, Rewards
 from revisual_fast.rollout.build import EngineRoom
-from revisual_fast.rollout.engine import Engine, EngineError, RequestError, Sampling
+from revisual_fast.rollout.engine import Engine, EngineError, NonFiniteLogits, RequestError, Rollout, Sampling
 
 __all__ = ["EngineError", "evaluate", "evaluate_model"]
 
@@ -22,7 +23,7 @@ __all__ = ["EngineError", "evaluate", "evaluate_model"]
 def evaluate(
     records: list[Record], config: Config, engine: Engine, processor: Processor, bad_records: BadRecords
 ) -> dict[str, Any]:
-    """Answer every usable record once, greedily.
+    """Answer every usable record once, greedily, each on one rank.
 
     Returns ``accuracy`` (share of right answers, 0..1), ``n`` (records answered), ``length_mean`` (response tokens),
     ``truncated`` (share that hit the limit) and ``seconds``. Only as many prompts as are decoded together are in memory
@@ -31,7 +32,7 @@ def evaluate(
     start = time.perf_counter()
     limit = config.evaluation.max_response_tokens
     chosen = records[: config.evaluation.max_samples]
-    together = max(1, min(config.rollout.max_batch, config.rollout.max_cached_tokens // limit))
+    together = max(1, min(config.rollout.max_batch, config.rollout.max_cached_tokens // limit)) * world().size
     completions: list[Completion] = []
     for first in range(0, len(chosen), together):
         encoded = [
@@ -53,10 +54,18 @@ def evaluate(
 
 
 def _answer(examples: list[Example], limit: int, engine: Engine, processor: Processor) -> list[Completion]:
-    try:
-        rollouts = engine.generate([e.prompt for e in examples], 1, Sampling(max_tokens=limit, temperature=0))
-    except RequestError as error:
-        raise EngineError(f"{examples[error.index].record.source}: {error.reason}") from error
+    ranks = world()
+    own = ranks.share(examples)
+
+    def work() -> list[list[Rollout]]:
+        if not own:
+            return []
+        try:
+            return engine.generate([e.prompt for e in own], 1, Sampling(max_tokens=limit, temperature=0))
+        except RequestError as error:
+            raise EngineError(f"{own[error.index].record.source}: {error.reason}") from error
+
+    rollouts = ranks.whole(ranks.gather_from(work, NonFiniteLogits, EngineError))
     return [
         Completion(processor.decode(r.ids), len(r.ids), r.finished, e.record)
         for e, (r,) in zip(examples, rollouts, strict=True)

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
 from revisual_fast.config import LoraConfig, ModelConfig
+from revisual_fast.distributed import world
 from revisual_fast.policy.attention import pick_attention
 from revisual_fast.policy.families import Family, family_for
 from revisual_fast.policy.liger import apply_liger, use_liger
@@ -25,9 +26,16 @@ def quiet_transformers() -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device, or the CPU where there is none. Raises ValueError if the device is absent."""
+    """``auto`` is the first CUDA device (among several ranks, the rank's own), or the CPU where there is none. Raises
+    ValueError if the device is absent, or one device would be all ranks'."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world().size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ValueError(
+                f"model.device: {name} for each of {world().size} ranks; say auto, and every rank has its own"
+            )
+        name = f"cuda:{world().rank}"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"model.device: {name} was asked for, but torch sees no CUDA device (try `revisual-fast doctor`)"

@@ -127,7 +127,7 @@ class Batch:
             self.groups[p] = [_Sequence(p, self.step) for _ in range(self.n)]
             self.sequences += self.groups[p]
             if self.sampling.temperature > 0:
-                source = torch.Generator().manual_seed(seed_for(self.sampling.seed, p))
+                source = torch.Generator().manual_seed(seed_for(self.sampling.seed, self.sampling.place(p)))
                 drawn = torch.rand(self.sampling.max_tokens, self.n, dtype=torch.float64, generator=source)
                 noise.append(drawn.t())
         if noise:

@@ -11,6 +11,7 @@ import torch
 from revisual_fast.config import Config, GRPOConfig
 from revisual_fast.data.processor import Processor
 from revisual_fast.data.records import Record
+from revisual_fast.distributed import world
 from revisual_fast.policy.load import pick_device
 from revisual_fast.policy.model import Policy
 from revisual_fast.rollout import INSTALL, pick_engine, vllm_problem
@@ -119,9 +120,18 @@ class EngineRoom:
 
 
 def check_rollout(config: Config, device: torch.device) -> None:
-    """Raises ValueError for settings of ``rollout`` that cannot work on ``device`` or with a stage."""
-    rollout = config.rollout
+    """Raises ValueError for settings of ``rollout`` that cannot work on ``device``, with a stage, on several ranks."""
+    rollout, ranks = config.rollout, world().size
     kind, _ = pick_engine(rollout, device)
+    if ranks > 1:
+        if rollout.async_ != "off":
+            raise ValueError(
+                f"rollout.async: {rollout.async_} works on one rank only, these are {ranks}; set it to off"
+            )
+        if rollout.url is not None or rollout.tensor_parallel > 1:
+            raise ValueError(
+                f"rollout: each of {ranks} ranks has an engine on its own device; leave out url and tensor_parallel"
+            )
     if kind == "embedded":
         return
     if device.type != "cuda" and rollout.sleep in (1, 2):

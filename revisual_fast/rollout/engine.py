@@ -18,7 +18,9 @@ __all__ = ["Engine", "EngineError", "NonFiniteLogits", "OnGroup", "RequestError"
 class Sampling:
     """How to sample. ``temperature`` 0 is greedy; ``top_p`` 1 and ``top_k`` 0 keep the whole vocabulary.
 
-    With ``masks`` the rollouts say which ids top-p and top-k had kept for each token.
+    With ``masks`` the rollouts say which ids top-p and top-k had kept for each token. What is drawn for a prompt
+    depends on ``seed`` and its place among all prompts, also where an engine is asked for a part of them only: every
+    ``stride``-th from the ``first`` on.
     """
 
     max_tokens: int
@@ -27,6 +29,12 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     masks: bool = False
+    first: int = 0
+    stride: int = 1
+
+    def place(self, index: int) -> int:
+        """Of the prompt that is asked as number ``index``."""
+        return self.first + self.stride * index
 
     @property
     def truncated(self) -> bool:

@@ -117,7 +117,7 @@ class RemoteEngine:
         assert self._wanted is not None, "update_weights first"
         assert not self._asleep, f"wake_up first: {sorted(self._asleep)}"
         family = self._policy().family
-        batch = PendingBatch(make_requests(prompts, family, sampling.seed), n, sampling, on_group)
+        batch = PendingBatch(make_requests(prompts, family, sampling), n, sampling, on_group)
         self._surely("a batch", lambda: self._answer(batch))
         if batch.refused is not None:
             raise batch.refused

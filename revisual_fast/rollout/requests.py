@@ -46,13 +46,13 @@ class PendingBatch:
             self.refused = RequestError(event.index, event.reason, tries)
 
 
-def make_requests(prompts: Sequence[Prompt], family: Family, seed: int) -> list[Request]:
+def make_requests(prompts: Sequence[Prompt], family: Family, sampling: Sampling) -> list[Request]:
     """A prompt's seed depends on its place only, so that asked again it is answered alike."""
     return [
         Request(
             index=i,
             ids=prompt.ids.tolist(),
-            seed=seed_for(seed, "prompt", i),
+            seed=seed_for(sampling.seed, "prompt", sampling.place(i)),
             pixel_values=prompt.pixel_values,
             grids=prompt.grids if prompt.pixel_values is not None else None,
             image_keys=prompt.image_keys,

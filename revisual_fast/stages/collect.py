@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from revisual_fast.advantages import stagnation
 from revisual_fast.config import GRPOConfig
 from revisual_fast.data.processor import Example, Processor
+from revisual_fast.distributed import world
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import ranged
 from revisual_fast.rewards import Completion, Rewards, RewardTable
-from revisual_fast.rollout.engine import Engine, EngineError, RequestError, Rollout, Sampling
+from revisual_fast.rollout.engine import Engine, EngineError, NonFiniteLogits, RequestError, Rollout, Sampling
 from revisual_fast.rollout.session import EngineSession
 
 __all__ = ["Batch", "Collector", "ScoredGroup"]
@@ -168,7 +169,21 @@ class Collector:
         return Batch(good + spare, drawn, tries, len(spare), seconds, waited, self.position())
 
     def _round(self, engine: Engine, examples: list[Example], seed: int) -> tuple[list[ScoredGroup], float, float]:
-        """One call of the engine; each group is scored while the others are generated."""
+        """Groups, seconds, and those of them that rewards took. Every rank generates and scores its share; where one
+        fails, all do."""
+        began = time.perf_counter()
+        ranks = world()
+        own = ranks.share(examples)
+        outcomes = ranks.gather_from(lambda: self._own_round(engine, own, seed), NonFiniteLogits, EngineError)
+        pairs = ranks.whole([pairs for pairs, _ in outcomes])
+        groups = [ScoredGroup(e, rollouts, table) for e, (rollouts, table) in zip(examples, pairs, strict=True)]
+        return groups, time.perf_counter() - began, outcomes[ranks.rank][1]
+
+    def _own_round(
+        self, engine: Engine, examples: list[Example], seed: int
+    ) -> tuple[list[tuple[list[Rollout], RewardTable]], float]:
+        """One call of the engine: completions and rewards of this rank's ``examples``, each group scored while the
+        others are generated; and the seconds that scoring took."""
         tables: dict[int, RewardTable] = {}
         waited = 0.0
 
@@ -178,7 +193,8 @@ class Collector:
             tables[index] = self._score(examples[index], rollouts)
             waited += time.perf_counter() - start
 
-        began = time.perf_counter()
+        if not examples:
+            return [], waited
         try:
             prompts = [example.prompt for example in examples]
             rollouts = engine.generate(prompts, self.stage.group_size, self._sampling(seed), on_group)
@@ -186,8 +202,7 @@ class Collector:
             source = examples[error.index].record.source
             raise EngineError(f"{source}: {error.reason} (tried {error.tries} times)") from error
         self._check_masks(rollouts)
-        groups = [ScoredGroup(e, r, tables[i]) for i, (e, r) in enumerate(zip(examples, rollouts, strict=True))]
-        return groups, time.perf_counter() - began, waited
+        return [(group, tables[i]) for i, group in enumerate(rollouts)], waited
 
     def _check_masks(self, rollouts: list[list[Rollout]]) -> None:
         if self.stage.sampling.replayed and any(r.mask is None for group in rollouts for r in group):
@@ -200,7 +215,17 @@ class Collector:
     def _sampling(self, seed: int) -> Sampling:
         chosen = self.stage.sampling
         limit = self.stage.max_response_tokens
-        return Sampling(limit, chosen.temperature, chosen.top_p, chosen.top_k, seed, masks=chosen.replayed)
+        ranks = world()
+        return Sampling(
+            limit,
+            chosen.temperature,
+            chosen.top_p,
+            chosen.top_k,
+            seed,
+            masks=chosen.replayed,
+            first=ranks.rank,
+            stride=ranks.size,
+        )
 
     @ranged("reward")
     def _score(self, example: Example, rollouts: list[Rollout]) -> RewardTable:

@@ -11,6 +11,7 @@ from torch import Tensor
 from revisual_fast.advantages import group_advantages, linear_schedule, pad_select, stagnation
 from revisual_fast.config import GRPOConfig
 from revisual_fast.data.records import Record
+from revisual_fast.distributed import world
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import ranged
 from revisual_fast.rewards import Rewards, RewardTable
@@ -53,7 +54,8 @@ class GRPOStage(PolicyStage):
         self.differences = []
         with clock("update"):
             metrics |= self._updates(sequences)
-        metrics |= mismatch_metrics(self.differences) | self._engine_metrics(batch, sequences)
+        differences = [x for part in world().gather([d.cpu() for d in self.differences]) for x in part]
+        metrics |= mismatch_metrics(differences) | self._engine_metrics(batch, sequences)
         self._throughput(metrics, batch, sequences, clock)
         return metrics
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from revisual_fast.config import SFTConfig
 from revisual_fast.data.processor import Example
+from revisual_fast.distributed import world
 from revisual_fast.losses import PolicyObjective, TokenBatch
 from revisual_fast.ops import linear_policy_loss
 from revisual_fast.packing import Group
@@ -53,7 +54,7 @@ class SFTStage(Stage):
             with span("backward"):
                 out.loss.backward()
             loss += out.loss.detach()
-        value = float(loss)
+        value = float(world().sum(loss))
         return {"loss": value, **self.apply_gradients(value)}
 
 

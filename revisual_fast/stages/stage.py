@@ -18,6 +18,7 @@ from revisual_fast.config import Config, SFTConfig, StageBase
 from revisual_fast.data.processor import Example, Processor
 from revisual_fast.data.records import PROMPT_TOO_LONG, RESPONSE_TOO_LONG, BadRecords, Record
 from revisual_fast.data.sampler import Sampler
+from revisual_fast.distributed import world
 from revisual_fast.kernels.plan import CHUNK_BYTES
 from revisual_fast.optim import Optimizer, lr_factor
 from revisual_fast.packing import Activations, CostModel, Group, MicroBatch, activation_bytes, plan_micro_batches
@@ -189,11 +190,12 @@ class Stage:
         return example
 
     def plan(self, groups: Sequence[Group]) -> list[MicroBatch]:
-        """The micro-batches of ``groups``, each a packed row within ``train.micro_batch_tokens``, but for a completion
-        that does not fit with its prompt; the largest so far is told."""
-        budget = self.context.config.train.micro_batch_tokens
-        (own,) = plan_micro_batches(groups, budget, cost=self.cost, layout=self.layout)
-        largest = max((micro.tokens for micro in own), default=0)
+        """This rank's micro-batches of ``groups``, each a packed row within ``train.micro_batch_tokens``, but for a
+        completion that does not fit with its prompt; the largest so far is told."""
+        budget, ranks = self.context.config.train.micro_batch_tokens, world()
+        plans = plan_micro_batches(groups, budget, cost=self.cost, layout=self.layout, ranks=ranks.size)
+        own = [micro for micro in plans[ranks.rank] if micro.parts]
+        largest = max((micro.tokens for plan in plans for micro in plan), default=0)
         if largest > max(budget, self.largest):
             self.largest = largest
             self.context.progress.message(
@@ -203,7 +205,8 @@ class Stage:
         return own
 
     def apply_gradients(self, loss: float) -> dict[str, float]:
-        """The optimizer step for an accumulated gradient; skipped and counted where loss or gradient is not finite."""
+        """The optimizer step for an accumulated gradient; skipped and counted where loss or gradient is not finite.
+        ``loss`` is that of all ranks."""
         factor = lr_factor(self.stage.optimizer, self.updates, self.total_updates)
         self.updates += 1
         if math.isfinite(loss):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from revisual_fast.config import EntropyConfig, GRPOConfig
 from revisual_fast.data.processor import Example
+from revisual_fast.distributed import World, world
 from revisual_fast.losses import PolicyObjective, TokenBatch, aggregation_weights
 from revisual_fast.ops import linear_logprob, linear_policy_loss
 from revisual_fast.packing import Group, PackedBatch
@@ -79,7 +80,8 @@ class PolicyStage(Stage):
             with span("old log-probs"):
                 for later in batches[1:]:
                     self._fill_logp(later, self.policy, "old_logp")
-                    self.differences += [s.old_logp - s.rollout.logp for s in later if s.old_logp is not None]
+                    mine = world().share(later)
+                    self.differences += [s.old_logp - s.rollout.logp for s in mine if s.old_logp is not None]
         if self.reference is not None:
             with span("reference log-probs"):
                 for batch in batches:
@@ -132,12 +134,12 @@ class PolicyStage(Stage):
                 sampled = torch.cat([s.rollout.logp for s in members])
                 self.differences.append(out.logp - sampled.to(out.logp.device, non_blocking=True))
             meters.add(out.metrics, len(batch.targets))
-        value = float(loss)
-        metrics = {"loss": value, **meters.read(), "policy/entropy_coef": coefficient}
+        value = float(world().sum(loss))
+        metrics = {"loss": value, **meters.read(world()), "policy/entropy_coef": coefficient}
         return metrics | self.apply_gradients(value)
 
     def _micro_batches(self, sequences: list[Sequence], policy: Policy) -> Iterator[tuple[list[Sequence], PackedBatch]]:
-        """Packed rows of near-equal cost, each with its sequences in the order of ``cu_seqlens``."""
+        """This rank's packed rows, of near-equal cost, each with its sequences in the order of ``cu_seqlens``."""
         by_prompt: dict[int, list[Sequence]] = {}
         for sequence in sequences:
             by_prompt.setdefault(id(sequence.example), []).append(sequence)
@@ -179,8 +181,10 @@ class PolicyStage(Stage):
 
     @torch.no_grad()
     def _fill_logp(self, sequences: list[Sequence], policy: Policy, field: str) -> None:
-        """Log-probs of ``sequences`` under ``policy`` into their ``field``."""
+        """Log-probs of ``sequences`` under ``policy`` into their ``field``, each computed on one rank."""
         is_reference = field == "ref_logp"
+        places = {id(sequence): i for i, sequence in enumerate(sequences)}
+        mine: dict[int, Tensor] = {}
         for members, batch in self._micro_batches(sequences, policy):
             with policy.without_adapter() if is_reference else nullcontext():
                 logp, _ = linear_logprob(
@@ -191,8 +195,11 @@ class PolicyStage(Stage):
                     temperature=self.grpo.sampling.temperature,
                     sampling_mask=self._masks(members, batch),
                 )
-            for sequence, part in zip(members, logp.cpu().split([len(s.rollout.ids) for s in members]), strict=True):
-                setattr(sequence, field, part)
+            parts = logp.cpu().split([len(s.rollout.ids) for s in members])
+            mine |= {places[id(sequence)]: part for sequence, part in zip(members, parts, strict=True)}
+        for found in world().gather(mine):
+            for place, part in found.items():
+                setattr(sequences[place], field, part)
 
 
 class _Meters:
@@ -208,8 +215,15 @@ class _Meters:
             so_far = self.values.get(key, torch.zeros_like(value))
             self.values[key] = torch.maximum(so_far, value) if key.endswith("max") else so_far + value * rows
 
-    def read(self) -> dict[str, float]:
-        return {f"policy/{k}": float(v) / (1 if k.endswith("max") else self.rows) for k, v in self.values.items()}
+    def read(self, ranks: World) -> dict[str, float]:
+        """Of all ranks, which have added the same metrics or none."""
+        every = ranks.gather((self.rows, {name: float(value) for name, value in self.values.items()}))
+        rows = sum(count for count, _ in every)
+        found: dict[str, list[float]] = {}
+        for _, values in every:
+            for name, value in values.items():
+                found.setdefault(name, []).append(value)
+        return {f"policy/{k}": max(v) if k.endswith("max") else sum(v) / rows for k, v in found.items()}
 
 
 def build_objective(stage: GRPOConfig) -> PolicyObjective:

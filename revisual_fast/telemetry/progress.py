@@ -40,6 +40,11 @@ class Progress:
         self._started = self._printed = time.monotonic()
         self._metrics: Mapping[str, Any] = {}
 
+    @classmethod
+    def silent(cls) -> Progress:
+        """One that shows and prints nothing."""
+        return cls(False, console=Console(quiet=True))
+
     def stage(self, name: str, total: int, completed: int = 0) -> None:
         """Begin (or, with ``completed`` steps already done, continue) a stage of ``total`` steps."""
         self._finish_stage()

@@ -294,9 +294,9 @@ def test_a_new_engine_is_a_new_one_to_the_sender(setup, policy):
 
 
 def test_equal_prompts_of_a_batch_are_answered_differently(setup, policy):
-    requests = make_requests([Prompt(torch.tensor([5, 6]))] * 3, policy.family, seed=1)
+    requests = make_requests([Prompt(torch.tensor([5, 6]))] * 3, policy.family, Sampling(8, seed=1))
     assert len({request.seed for request in requests}) == 3
-    assert [r.seed for r in make_requests([Prompt(torch.tensor([7]))] * 3, policy.family, 1)] == [
+    assert [r.seed for r in make_requests([Prompt(torch.tensor([7]))] * 3, policy.family, Sampling(8, seed=1))] == [
         r.seed for r in requests
     ], "they depend on the place alone"
 
