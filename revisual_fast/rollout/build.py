@@ -122,7 +122,6 @@ class EngineRoom:
 def check_rollout(config: Config, device: torch.device) -> None:
     """Raises ValueError for settings of ``rollout`` that cannot work on ``device``, with a stage, on several ranks."""
     rollout, ranks = config.rollout, world().size
-    kind, _ = pick_engine(rollout, device)
     if ranks > 1:
         if rollout.async_ != "off":
             raise ValueError(
@@ -132,6 +131,7 @@ def check_rollout(config: Config, device: torch.device) -> None:
             raise ValueError(
                 f"rollout: each of {ranks} ranks has an engine on its own device; leave out url and tensor_parallel"
             )
+    kind, _ = pick_engine(rollout, device)
     if kind == "embedded":
         return
     if device.type != "cuda" and rollout.sleep in (1, 2):
