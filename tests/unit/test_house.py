@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = [p for p in [*ROOT.glob("revisual_fast/**/*.py"), *ROOT.glob("kernels/*.py")] if p.is_file()]
 ORDER = ["kernels", "library", "ops", "policy", "stages", "curriculum", "cli"]
-LEAVES = {"config", "packing", "losses", "advantages", "ranges"}
+LEAVES = {"config", "packing", "losses", "advantages", "distributed", "ranges"}
 HEAVY = {"transformers": {"policy", "data", "integrations"}, "vllm": {"rollout/vllm"}}
 
 
