@@ -12,10 +12,14 @@ from pathlib import Path
 __all__ = ["main"]
 
 INTERRUPTED = 130
+OUT_OF_TIME = 124
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for an error of the user's, 2 for bad usage, 130 after Ctrl-C."""
+    """Run one command; returns the exit code.
+
+    0, 1 for an error of the user's, 2 for bad usage, 130 after Ctrl-C, 124 where ``run.max_minutes`` are over.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.run is not _bench:
@@ -82,13 +86,13 @@ def _train(options: argparse.Namespace) -> int:
     from revisual_fast.config_file import load_config
 
     config = load_config(options.config, options.set)
-    from revisual_fast.curriculum import EngineError, Interrupted, NonFiniteError, train
+    from revisual_fast.curriculum import EngineError, Interrupted, NonFiniteError, OutOfTime, train
 
     try:
         html = train(config, resume=options.resume, overwrite=options.overwrite)
     except Interrupted as stop:
         print(stop)
-        return INTERRUPTED
+        return OUT_OF_TIME if isinstance(stop, OutOfTime) else INTERRUPTED
     except (NonFiniteError, EngineError) as error:
         print(f"revisual-fast: {error}", file=sys.stderr)
         return 1
