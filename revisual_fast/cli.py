@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("directory", type=Path)
     init.set_defaults(run=_init)
 
-    report = commands.add_parser("report", help="write report.html and report.json of a run again")
+    report = commands.add_parser("report", help="write a run's report.html, report.json, report.md and plots again")
     report.add_argument("directory", type=Path)
     report.set_defaults(run=_report)
 
@@ -96,7 +96,7 @@ def _train(options: argparse.Namespace) -> int:
     except (NonFiniteError, EngineError) as error:
         print(f"revisual-fast: {error}", file=sys.stderr)
         return 1
-    print(f"report: {html}\nnumbers: {html.with_name('report.json')}\nplots: {html.parent / 'plots'}")
+    _say_where(html)
     return 0
 
 
@@ -128,8 +128,13 @@ def _init(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from revisual_fast.telemetry import write_report
 
-    print(*write_report(options.directory), sep="\n")
+    _say_where(write_report(options.directory)[1])
     return 0
+
+
+def _say_where(html: Path) -> None:
+    files = {"report": html.name, "numbers": "report.json", "table": "report.md", "plots": "plots"}
+    print(*(f"{what}: {html.parent / name}" for what, name in files.items()), sep="\n")
 
 
 def _bench(options: argparse.Namespace) -> int:
