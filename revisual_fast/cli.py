@@ -12,10 +12,14 @@ from pathlib import Path
 __all__ = ["main"]
 
 INTERRUPTED = 130
+OUT_OF_TIME = 124
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for an error of the user's, 2 for bad usage, 130 after Ctrl-C."""
+    """Run one command; returns the exit code.
+
+    0, 1 for an error of the user's, 2 for bad usage, 130 after Ctrl-C, 124 where ``run.max_minutes`` are over.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.run is not _bench:
@@ -53,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("directory", type=Path)
     init.set_defaults(run=_init)
 
-    report = commands.add_parser("report", help="write report.html and report.json of a run again")
+    report = commands.add_parser("report", help="write a run's report.html, report.json, report.md and plots again")
     report.add_argument("directory", type=Path)
     report.set_defaults(run=_report)
 
@@ -82,17 +86,17 @@ def _train(options: argparse.Namespace) -> int:
     from revisual_fast.config_file import load_config
 
     config = load_config(options.config, options.set)
-    from revisual_fast.curriculum import EngineError, Interrupted, NonFiniteError, train
+    from revisual_fast.curriculum import EngineError, Interrupted, NonFiniteError, OutOfTime, train
 
     try:
         html = train(config, resume=options.resume, overwrite=options.overwrite)
     except Interrupted as stop:
         print(stop)
-        return INTERRUPTED
+        return OUT_OF_TIME if isinstance(stop, OutOfTime) else INTERRUPTED
     except (NonFiniteError, EngineError) as error:
         print(f"revisual-fast: {error}", file=sys.stderr)
         return 1
-    print(f"report: {html}\nnumbers: {html.with_name('report.json')}\nplots: {html.parent / 'plots'}")
+    _say_where(html)
     return 0
 
 
@@ -126,8 +130,13 @@ def _init(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from revisual_fast.telemetry import write_report
 
-    print(*write_report(options.directory), sep="\n")
+    _say_where(write_report(options.directory)[1])
     return 0
+
+
+def _say_where(html: Path) -> None:
+    files = {"report": html.name, "numbers": "report.json", "table": "report.md", "plots": "plots"}
+    print(*(f"{what}: {html.parent / name}" for what, name in files.items()), sep="\n")
 
 
 def _bench(options: argparse.Namespace) -> int:

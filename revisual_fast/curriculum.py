@@ -40,23 +40,28 @@ from revisual_fast.stages.grpo import GRPOStage, build_rewards
 from revisual_fast.stages.sft import SFTStage
 from revisual_fast.stages.stage import NonFiniteError, Stage, StageContext
 from revisual_fast.stages.updates import build_objective
-from revisual_fast.stop import StopRequest
+from revisual_fast.stop import StopRequest, over
 from revisual_fast.telemetry import Progress, Telemetry, write_report
 from revisual_fast.telemetry.report import START
 
-__all__ = ["Curriculum", "EngineError", "Interrupted", "NonFiniteError", "train"]
+__all__ = ["Curriculum", "EngineError", "Interrupted", "NonFiniteError", "OutOfTime", "train"]
 
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved itself; the message names the checkpoint."""
 
 
+class OutOfTime(Interrupted):
+    """It stopped because ``run.max_minutes`` are over."""
+
+
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Run the whole curriculum of ``config`` and return the path of ``report.html``.
 
-    Raises :class:`Interrupted` after Ctrl-C, :class:`NonFiniteError` when too many updates in a row had a non-finite
-    loss or gradient, EngineError where the engine could not go on before there was anything to save, ValueError for
-    anything that the configuration or the data got wrong, or (the run is saved) an engine that could not go on later.
+    Raises :class:`Interrupted` after Ctrl-C, :class:`OutOfTime` after ``run.max_minutes``, :class:`NonFiniteError` when
+    too many updates in a row had a non-finite loss or gradient, EngineError where the engine could not go on before
+    there was anything to save, ValueError for anything that the configuration or the data got wrong, or (the run is
+    saved) an engine that could not go on later.
     In processes that torchrun started, the run is theirs together (:mod:`revisual_fast.distributed`).
     """
     with joined(), Curriculum(config, resume=resume, overwrite=overwrite) as curriculum:
@@ -106,8 +111,8 @@ class Curriculum:
                 name = self.config.curriculum[self.state["stage"]]
                 with span(f"stage {name}"):
                     self._run_stage(name)
-                if self._stopping():
-                    raise Interrupted(f"stopped; saved {self.checkpoints.latest()}; continue with --resume")
+                if self.state["stage"] < len(self.config.curriculum) and self._has_to_stop():
+                    raise self._stopped(f"{name}, which is finished", self.checkpoints.latest())
         return self._report()
 
     # -- set-up
@@ -186,10 +191,16 @@ class Curriculum:
         if before != now:
             raise ValueError(f"--resume: the run has gone through {before}, but curriculum begins with {now}")
         for name in self.config.curriculum[: self.state["stage"]]:
-            lengths = (f": stages.{name}.steps:", f": stages.{name}.epochs:", ": train.max_steps:")
+            keys = [f"stages.{name}.{key}" for key in ("steps", "epochs", "max_minutes")]
+            lengths = [f": {key}:" for key in (*keys, "train.max_steps")]
             for change in self.changes:
                 if any(key in change for key in lengths):
                     raise ValueError(f"--resume: stage {name} is finished, so this has no effect on it: {change}")
+        if self._out_of_time() and self.state["stage"] < len(self.config.curriculum):
+            raise ValueError(
+                f"--resume: the run has taken {self._seconds() / 60:.1f} of its {self.config.run.max_minutes:g} "
+                "minutes: give it more with --set run.max_minutes=..."
+            )
         return saved["telemetry"]
 
     def _prepare_torch(self) -> None:
@@ -259,20 +270,45 @@ class Curriculum:
         self._report()
 
     def _steps(self, name: str, stage: Stage, began: float) -> None:
-        while stage.steps < stage.total_steps:
+        limit = self.config.stages[name].max_minutes
+        while stage.steps < stage.total_steps and not over(limit, self.state["seconds"].get(name, 0.0)):
             self._train_step(name, stage)
             self._note(name, time.perf_counter() - began, stage.steps, stage.skipped)
-            if self._stopping():
-                path = self._save(stage.policy, stage)
-                raise Interrupted(f"stopped after {name} step {stage.steps}; saved {path}; continue with --resume")
+            if self._has_to_stop():
+                raise self._stopped(f"{name} step {stage.steps}", self._save(stage.policy, stage))
             if stage.steps % self.config.checkpoint.every == 0 and stage.steps < stage.total_steps:
                 self._save(stage.policy, stage)
+        if stage.steps < stage.total_steps:
+            stage.settle()  # the next step's rollouts may be under way
+            self.progress.message(
+                f"{name}: ends after step {stage.steps} of {stage.total_steps}: its {limit:g} minutes are over"
+            )
 
-    def _stopping(self) -> bool:
-        """Whether some rank was asked to stop."""
-        return self.ranks.any(self.stop.requested)
+    # -- when to stop
+
+    def _has_to_stop(self) -> bool:
+        self.stop.requested = self.ranks.any(self.stop.requested)
+        return self.stop.requested or self._out_of_time()
+
+    def _out_of_time(self) -> bool:
+        return over(self.config.run.max_minutes, self._seconds())
+
+    def _seconds(self) -> float:
+        """What training and evaluation have taken so far."""
+        return sum(self.state["seconds"].values())
+
+    def _stopped(self, place: str, saved: Path | None) -> Interrupted:
+        """What to raise where the run stops, after ``place``."""
+        self._report()
+        if self.stop.requested:
+            return Interrupted(f"stopped after {place}; saved {saved}; continue with --resume")
+        return OutOfTime(
+            f"stopped after {place}: run.max_minutes ({self.config.run.max_minutes:g}) are over; saved {saved}; "
+            "continue with --resume --set run.max_minutes=..."
+        )
 
     def _note(self, name: str, seconds: float, steps: int, skipped: int) -> None:
+        seconds = self.ranks.agree(seconds)  # limits of time are reached by all ranks at once
         for key, value in (("seconds", seconds), ("steps", steps), ("skipped", skipped)):
             self.state[key][name] = value
 

@@ -1,4 +1,4 @@
-"""Stopping a run on request: the first Ctrl-C (or SIGTERM) is noted, the second ends the process at once."""
+"""Stopping a run: the first Ctrl-C (or SIGTERM) is noted, the second ends the process at once; limits of time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-__all__ = ["StopRequest"]
+__all__ = ["StopRequest", "over"]
 
 _SAID = b"\nstopping: this step is finished and saved first; once more to stop at once\n"
 
@@ -33,3 +33,8 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
         os.write(2, _SAID)  # print is not safe inside a signal handler
+
+
+def over(minutes: float | None, seconds: float) -> bool:
+    """Whether ``seconds`` reach a limit in minutes, if there is one."""
+    return minutes is not None and seconds >= 60 * minutes

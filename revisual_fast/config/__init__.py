@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from revisual_fast.config.base import Positive, Section, nearest
+from revisual_fast.config.base import Positive, PositiveFloat, Section, nearest
 from revisual_fast.config.data import DatasetConfig, EvaluationConfig
 from revisual_fast.config.model import ChatConfig, LoraConfig, ModelConfig
 from revisual_fast.config.rollout import RolloutConfig
@@ -43,6 +43,8 @@ class RunConfig(Section):
     """Ask torch for deterministic algorithms only (the CPU is deterministic without it)."""
     threads: Positive | None = None
     """CPU threads for torch; null leaves torch's own choice."""
+    max_minutes: PositiveFloat | None = None
+    """Save and stop, as on Ctrl-C, after the step by which training and evaluation have taken this long in all."""
 
 
 class TrainConfig(Section):

@@ -132,6 +132,8 @@ class StageBase(Section):
     steps: Positive | None = None
     """Optimizer steps (sft) or rollout steps (grpo). Exactly one of steps, epochs."""
     epochs: PositiveFloat | None = None
+    max_minutes: PositiveFloat | None = None
+    """End the stage after the step by which it has taken this long; schedules still go by ``steps`` or ``epochs``."""
     max_prompt_tokens: Positive = 8192
     freeze_vision: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()

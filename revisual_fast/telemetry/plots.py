@@ -1,4 +1,5 @@
-"""The curves of a run, drawn from its JSONL files: one figure each, all over the same axis of global steps.
+"""The curves of a run, drawn from its JSONL files: one figure each, all over the same axis of global steps, and the
+most important ones in one picture, over minutes.
 
 Stages are shaded and named. Faint lines are single steps; strong lines are running means over a fortieth of the run,
 never across a stage's border. A step without a finite value is a gap.
@@ -21,7 +22,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from revisual_fast.telemetry.sinks import read_jsonl
 
-__all__ = ["plot_run"]
+__all__ = ["OVERVIEW", "plot_overview", "plot_run"]
+
+OVERVIEW = "plots/overview.png"
+"""In a run's folder."""
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -56,11 +60,11 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Band:
-    """The global steps ``(start, end]`` of one stage."""
+    """What ``(start, end]`` of an axis, of global steps or of minutes, is one stage's."""
 
     stage: str
-    start: int
-    end: int
+    start: float
+    end: float
 
 
 def plot_run(run_dir: str | Path) -> dict[str, Path]:
@@ -89,6 +93,46 @@ def plot_run(run_dir: str | Path) -> dict[str, Path]:
     return paths
 
 
+def plot_overview(run_dir: str | Path) -> Path | None:
+    """Draw reward, accuracy, stagnation and throughput into one picture, :data:`OVERVIEW`, and return its path; a
+    quarter that there are no numbers for stays empty, and without any there is no picture. Stages are as wide as the
+    time that their steps took. Raises as :func:`plot_run`.
+    """
+    run_dir = Path(run_dir)
+    metrics, evaluations = read_jsonl(run_dir / "metrics.jsonl"), read_jsonl(run_dir / "evaluations.jsonl")
+    minutes = _clock(metrics)
+    bands = [Band(band.stage, minutes(band.start), minutes(band.end)) for band in stage_bands(metrics)]
+    metrics, evaluations = (
+        [{**record, "global_step": minutes(record["global_step"])} for record in records]
+        for records in (metrics, evaluations)
+    )
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(11.2, 7.2), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+        FigureCanvasAgg(figure)
+        drawn = False
+        for i, name in enumerate(("reward", "accuracy", "stagnation", "throughput"), start=1):
+            title, unit, draw = _FIGURES[name]
+            axes = figure.add_subplot(2, 2, i)
+            if draw(axes, metrics, evaluations):
+                _finish(axes, title, unit, bands, "minutes of training steps")
+                drawn = True
+            else:
+                axes.remove()
+        if not drawn:
+            return None
+        path = run_dir / OVERVIEW
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return path
+
+
+def _clock(metrics: Records) -> Callable[[float], float]:
+    """The minutes that the steps up to a global step took, evaluations and checkpoints left out."""
+    steps = [0.0, *(record["global_step"] for record in metrics)]
+    minutes = np.cumsum([0.0, *((record.get("time/step") or 0.0) / 60 for record in metrics)])
+    return lambda step: float(np.interp(step, steps, minutes))
+
+
 def stage_bands(metrics: Records) -> list[Band]:
     """The span of each stage on the axis of global steps, in the order the stages ran."""
     spans: dict[str, tuple[int, int]] = {}
@@ -99,20 +143,21 @@ def stage_bands(metrics: Records) -> list[Band]:
     return [Band(stage, first - 1, last) for stage, (first, last) in spans.items()]
 
 
-def _finish(axes: Axes, title: str, unit: str, bands: list[Band]) -> None:
-    """Stage bands, title, legend and the common axis of steps."""
+def _finish(axes: Axes, title: str, unit: str, bands: list[Band], along: str = "global step") -> None:
+    """Stage bands, title, legend and the common axis, of what ``along`` says."""
     if bands:
         axes.set_xlim(bands[0].start, max(band.end for band in bands))
     raised = _name_bands(axes, bands)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=along == "global step", nbins=7, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"))
-    axes.set_xlabel("global step")
+    axes.set_xlabel(along)
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", pad=30 if raised else 18)
     axes.set_title(unit, loc="right", fontsize=8.5, color=_QUIET, pad=30 if raised else 18)
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), handlelength=1.6)
+        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+        axes.legend(handles, labels, **place, ncols=min(len(labels), 4), handlelength=1.6)
 
 
 def _name_bands(axes: Axes, bands: list[Band]) -> bool:

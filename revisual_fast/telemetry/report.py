@@ -1,6 +1,7 @@
-"""The report of a run: ``report.json`` for programs and a self-contained ``report.html`` for people.
+"""The report of a run: ``report.json`` for programs, a self-contained ``report.html`` for people, and ``report.md``, a
+table that can stand in other pages.
 
-Both are made from the files in ``run.dir`` alone: the JSONL files of :mod:`.sinks` and ``run.json`` of the trainer::
+All are made from the files in ``run.dir`` alone: the JSONL files of :mod:`.sinks` and ``run.json`` of the trainer::
 
     {"config": {...}, "versions": {package: version}, "device": text, "header": [lines],
      "stages": [{"name", "kind", "seconds", "steps", "skipped_steps", "finished": bool (default true)}],
@@ -24,27 +25,29 @@ import markupsafe
 import yaml
 from PIL import Image
 
-from revisual_fast.telemetry.plots import plot_run
+from revisual_fast.telemetry.plots import OVERVIEW, plot_overview, plot_run
 from revisual_fast.telemetry.sinks import read_jsonl
+from revisual_fast.telemetry.stages import PHASES, duration, markdown_table, stage_totals
 
 __all__ = ["START", "write_report"]
 
 Record = Mapping[str, Any]
 
 START = "start"
-_PHASES = ("rollout", "update", "step")
 _SAMPLES_PER_STAGE = 3
 _COMPLETIONS_PER_SAMPLE = 8
 _IMAGE_PIXELS = 640
 
 
 def write_report(run_dir: str | Path) -> tuple[Path, Path]:
-    """Write ``report.json``, ``report.html`` and ``plots/`` into ``run_dir``; return the paths of the first two.
+    """Write ``report.json``, ``report.html``, ``report.md`` and ``plots/`` into ``run_dir``; return the paths of the
+    first two.
 
-    ``report.json``: ``{"stages": [{"name", "kind", "seconds", "steps", "heldout": {name: accuracy},
-    "tokens_per_second": {"rollout", "update", "step"}, "skipped_steps"}], "total_seconds", "device", "versions",
-    "bad_records": {reason: count}, "complete", "missing": [text]}``; its first stage is ``"start"``, before any
-    training. Tokens per second are a stage's tokens over its seconds in that phase. Raises
+    ``report.json``: ``{"stages": [{"name", "kind", "seconds", "steps", "heldout": {name: accuracy}, "tokens":
+    {"rollout", "update"}, "tokens_per_second": {"rollout", "update", "step"}, "trends": {metric: [first, last]},
+    "skipped_steps"}], "total_seconds", "device", "versions", "bad_records": {reason: count}, "complete", "missing":
+    [text]}``; its first stage is ``"start"``, before any training. :func:`~revisual_fast.telemetry.stages.stage_totals`
+    says what the numbers are. ``report.md`` is a table of them and shows ``plots/overview.png``. Raises
     :class:`~revisual_fast.telemetry.sinks.TelemetryError` for a damaged JSONL file.
     """
     run_dir = Path(run_dir)
@@ -69,6 +72,9 @@ def write_report(run_dir: str | Path) -> tuple[Path, Path]:
     page = _render(run_dir, run, report, plots, _pick_samples(run_dir, samples, [stage["name"] for stage in stages]))
     _replace(json_path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     _replace(html_path, page)
+    plot_overview(run_dir)
+    tests = [record for record in evaluations if record["kind"] == "heldout"]
+    _replace(run_dir / "report.md", _markdown(run_dir, report, tests))
     return json_path, html_path
 
 
@@ -102,7 +108,7 @@ def _stages(run: Record, metrics: Sequence[Record], evaluations: Sequence[Record
                 "seconds": known["seconds"] if name in finished else seconds,
                 "steps": known["steps"] if name in finished else len(steps),
                 "heldout": {test["name"]: test["accuracy"] for test in tests},
-                "tokens_per_second": _tokens_per_second(steps),
+                **stage_totals(steps),
                 "skipped_steps": known.get("skipped_steps"),
             }
         )
@@ -116,18 +122,6 @@ def _finished(run: Record) -> set[str]:
 def _complete(run: Record) -> bool:
     """Whether every stage of the curriculum has finished."""
     return "total_seconds" in run and _finished(run) >= set(run.get("config", {}).get("curriculum", []))
-
-
-def _tokens_per_second(steps: Sequence[Record]) -> dict[str, float]:
-    """Phase -> all tokens over all seconds of that phase, for the phases that the steps have."""
-    rates = {}
-    for phase in _PHASES:
-        spent = "generation" if phase == "rollout" else phase  # a step may wait for less than was generated, or more
-        pairs = [(s.get(f"throughput/{phase}"), s.get(f"time/{spent}")) for s in steps]
-        known = [(rate, seconds) for rate, seconds in pairs if rate is not None and seconds]
-        if known:
-            rates[phase] = sum(rate * seconds for rate, seconds in known) / sum(seconds for _, seconds in known)
-    return rates
 
 
 def _what_is_missing(
@@ -212,7 +206,7 @@ def _render(
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(duration=_duration, decimal=_decimal, count=_count, warned=_warned)
+    environment.filters.update(duration=duration, decimal=_decimal, count=_count, warned=_warned)
     template = environment.from_string(files("revisual_fast.telemetry").joinpath("report.html.j2").read_text())
     stages = report["stages"]
     heldout = list(dict.fromkeys(name for stage in stages for name in stage["heldout"]))
@@ -221,13 +215,24 @@ def _render(
         report=report,
         heldout=heldout,
         cards=[*(_accuracy_card(name, stages) for name in heldout), _time_card(report)],
-        phases=[p for p in _PHASES if any(p in stage["tokens_per_second"] for stage in stages)],
+        phases=[p for p in PHASES if any(p in stage["tokens_per_second"] for stage in stages)],
         steps=sum(stage["steps"] for stage in stages),
         plots=plots,
         samples=samples,
         header=run.get("header", []),
         config=yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True) if "config" in run else None,
     )
+
+
+def _markdown(run_dir: Path, report: Record, tests: Sequence[Record]) -> str:
+    """The table under the run's name, with the overview where there is one."""
+    steps = sum(stage["steps"] for stage in report["stages"])
+    lines = [f"# {run_dir.resolve().name}", ""]
+    lines.append(f"{steps:,} steps · {duration(report['total_seconds'])} · {report['device'] or 'device unknown'}")
+    lines += [f"- {line}" for line in report["missing"]]
+    if (run_dir / OVERVIEW).exists():
+        lines += ["", f"![Curves of the run]({OVERVIEW})"]
+    return "\n".join([*lines, "", markdown_table(report["stages"], tests)])
 
 
 def _accuracy_card(name: str, stages: Sequence[Record]) -> dict[str, Any]:
@@ -240,18 +245,10 @@ def _accuracy_card(name: str, stages: Sequence[Record]) -> dict[str, Any]:
 def _time_card(report: Record) -> dict[str, Any]:
     longest = max([stage["seconds"] for stage in report["stages"]]) or 1.0
     bars = [
-        {"stage": stage["name"], "share": stage["seconds"] / longest, "text": _duration(stage["seconds"])}
+        {"stage": stage["name"], "share": stage["seconds"] / longest, "text": duration(stage["seconds"])}
         for stage in report["stages"]
     ]
-    return {"label": "training and evaluation", "number": _duration(report["total_seconds"]), "bars": bars}
-
-
-def _duration(seconds: float) -> str:
-    """``3.9 s``, ``2 min 06 s``, ``1 h 05 min``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds) // 60
-    return f"{minutes} min {round(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return {"label": "training and evaluation", "number": duration(report["total_seconds"]), "bars": bars}
 
 
 def _decimal(value: float | None) -> str:

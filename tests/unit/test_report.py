@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from revisual_fast.telemetry import TelemetryError, plot_run, write_report
-from revisual_fast.telemetry.plots import Band, _running_mean, _series, stage_bands
+from revisual_fast.telemetry.plots import Band, _clock, _running_mean, _series, plot_overview, stage_bands
+from revisual_fast.telemetry.stages import stage_totals
 
 CONFIG = {
     "curriculum": ["cold_start", "mrl"],
@@ -188,6 +189,42 @@ def test_plots_are_drawn_for_what_there_is(run_dir: Path) -> None:
     svg = (run_dir / "plots" / "reward.svg").read_bytes()
     plot_run(run_dir)
     assert (run_dir / "plots" / "reward.svg").read_bytes() == svg
+
+
+def test_the_table_in_markdown(run_dir: Path) -> None:
+    report_of(run_dir)
+    text = (run_dir / "report.md").read_text()
+    lines = text.splitlines()
+    assert lines[:5] == ["# my-run", "", "9 steps · 1 min 20 s · CPU", "", "![Curves of the run](plots/overview.png)"]
+    rows = {row[0]: row[1:] for line in lines if line.startswith("| ") for row in [line.strip("| ").split(" | ")]}
+    assert rows["steps"] == ["0", "3", "6"]
+    assert rows["time"] == ["3.5 s", "1 min 01 s", "12.5 s"]
+    assert rows["tokens trained"] == ["–", "150", "–"]
+    assert rows["tokens generated"] == ["–", "–", "9,100"]  # sum(100 i * i)
+    assert rows["tokens per second, rollout"] == ["–", "–", "433"]
+    assert rows["cross-entropy"] == ["–", "3.000 → 1.000", "–"]  # not the loss of a policy
+    assert rows["reward"] == ["–", "–", "0.100 → 0.600"]
+    assert rows["response, tokens"] == ["–", "–", "20 → 20"]
+    assert rows["held-out accuracy, v1.5 text"] == ["0.010", "0.900", "0.950"]
+    assert "responses cut off" not in rows  # nothing is known of it
+
+
+def test_trends_are_means_over_tenths_of_the_steps() -> None:
+    steps = [{"reward/total": float(i), "policy/entropy": None if i == 24 else float(i)} for i in range(25)]
+    trends = stage_totals(steps)["trends"]
+    assert trends == {"reward/total": [1.0, 23.0], "policy/entropy": [1.0, 22.0]}
+    assert stage_totals([]) == {"tokens": {}, "tokens_per_second": {}, "trends": {}}
+
+
+def test_the_overview_goes_by_minutes(run_dir: Path, tmp_path: Path) -> None:
+    metrics = [{"stage": "a", "global_step": 1, "time/step": 30.0}, {"stage": "b", "global_step": 2, "time/step": 90.0}]
+    assert [_clock(metrics)(step) for step in (0, 1, 2)] == [0.0, 0.5, 2.0]
+    path = plot_overview(run_dir)
+    assert path == run_dir / "plots" / "overview.png"
+    with Image.open(path) as image:
+        quarters = [image.convert("L").crop(box) for box in ((0, 0, 840, 540), (840, 540, 1680, 1080))]
+        assert all(quarter.getextrema()[0] < 128 for quarter in quarters)
+    assert plot_overview(tmp_path / "nothing") is None
 
 
 def test_a_killed_run_says_how_far_it_came(run_dir: Path) -> None:
