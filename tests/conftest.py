@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,24 @@ CACHE = Path(__file__).parents[1] / ".pytest_cache"
 GATES_TABLE, CUDA_TABLE = CACHE / "compile_gates.txt", CACHE / "cuda_gates.txt"
 TABLES = {"Triton kernels, compiled without a GPU": GATES_TABLE, "CUDA kernels, as built": CUDA_TABLE}
 """What the gates found, for the end of the tests' output."""
+
+
+ENVIRONMENTS = {
+    "vllm": ("vllm", "test-vllm"),
+    "dropin/trl": ("torchvision", "test-dropin"),
+    "dropin/openrlhf": ("openrlhf", "test-dropin"),
+    "dropin/swift": ("swift", "test-dropin"),
+}
+"""Folders of tests that have an environment of their own -> a package that is only there, and how to make it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for folder, (package, target) in ENVIRONMENTS.items():
+        if find_spec(package) is None:
+            skip = pytest.mark.skip(reason=f"needs {package}: make {target}")
+            for item in items:
+                if Path(__file__).parent / folder in item.path.parents:
+                    item.add_marker(skip)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

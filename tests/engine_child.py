@@ -28,7 +28,6 @@ if __name__ == "__main__":
 from revisual_fast.rollout.engine import Sampling
 from revisual_fast.rollout.messages import (
     Alive,
-    EngineInfo,
     Failed,
     Finished,
     Problem,
@@ -95,8 +94,8 @@ class Child:
 
     # -- commands
 
-    def start(self, settings: Any) -> EngineInfo:
-        return EngineInfo("stand-in 1.0", VOCAB, settings.max_model_len, settings.masks)
+    def start(self, settings: Any) -> int:
+        return VOCAB
 
     def generate(self, requests: list[Request], n: int, sampling: Sampling) -> None:
         for done, request in enumerate(reversed(requests)):  # not in the order of the prompts

@@ -51,8 +51,6 @@ class Server(ThreadingHTTPServer):
     def answer(self, path: str, query: dict[str, list[str]], body: Any) -> tuple[int, Any]:
         if path == "/health":
             return (200, "") if self.healthy else (503, "")
-        if path == "/version":
-            return 200, {"version": "9.9"}
         if path == "/openapi.json":
             return 200, {"paths": {route: {} for route in self.routes}}
         if path == "/server_info":

@@ -1,9 +1,22 @@
-"""Whether processes have ended."""
+"""Processes that tests start, and whether they have ended."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_code(code: str, **variables: str) -> str:
+    """What ``code`` prints in a Python of its own, with these variables in its environment; it has to end well."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def gone(pid: int, seconds: float = 10.0) -> bool:

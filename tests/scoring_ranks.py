@@ -60,12 +60,17 @@ def _rank(rank: int, port: int, how: str) -> None:
             run(**shares(x, rank), score=True)
         return
     out = run(**shares(x, rank), score=True)
+    check_gradients(out, model, wanted)
+    dist.destroy_process_group()
+
+
+def check_gradients(out: Any, model: nn.Module, wanted: dict[str, Any]) -> None:
+    """Those of what ``model`` has returned, whole where they are divided over the ranks."""
     loss_of((out.logp, out.entropy)).backward()
     for name, parameter in model.named_parameters():
         grad: Any = parameter.grad
         grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
         assert relative_error(grad, wanted[name]) < 1e-5, name
-    dist.destroy_process_group()
 
 
 def loss_of(scores: tuple[Tensor, Tensor]) -> Tensor:
@@ -92,12 +97,7 @@ def _parallel_rank(rank: int, port: int) -> None:
     model.zero_grad()
     whole = model.lm_head.weight.detach()
     model.lm_head.weight = nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Shard(0)]))
-    out = accelerate_scoring(model)(**x, score=True)
-    loss_of((out.logp, out.entropy)).backward()
-    for name, parameter in model.named_parameters():
-        grad: Any = parameter.grad
-        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-        assert relative_error(grad, wanted[name]) < 1e-5, name
+    check_gradients(accelerate_scoring(model)(**x, score=True), model, wanted)
     dist.destroy_process_group()
 
 

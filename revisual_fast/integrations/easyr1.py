@@ -6,16 +6,14 @@ Nothing here needs transformers, whose version EasyR1 holds below 5.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from revisual_fast.integrations import seams
+from revisual_fast.integrations.grouping import scatter
 from revisual_fast.integrations.padded_loss import bounded, clipped_weight, differ_within, prepared
 from revisual_fast.losses import PolicyObjective, TokenBatch, counted
 from revisual_fast.ops import gather_rows, linear_logprob
@@ -30,6 +28,7 @@ LOSS = (
 FORWARD = ("self", "micro_batch", "temperature")
 USED = ("actor_module", "log_probs_from_logits", "logits")
 """What the actor's forward has to use: the model, its logits, and a function of the actor's that takes them."""
+LEFT = "revisual_fast: {} is left to EasyR1's own code"
 _VERLS: dict[str, Any] = {}
 """What stood in the places before."""
 
@@ -74,11 +73,11 @@ def _forward_micro_batch(actor: Any, micro_batch: dict[str, Any], temperature: f
     original = _VERLS["forward"]
     head, reason = _head_of(actor)
     if reason is not None:
-        _warn(reason)
+        seams.warn_once(LEFT.format(reason))
         return original(actor, micro_batch, temperature)
     needed, labels = _rows_and_labels(micro_batch, actor.config.padding_free)
     forward = partial(_head_forward, head, needed, labels, temperature)
-    with _placed(head, "forward", forward), _placed(actor, "log_probs_from_logits", _taken):
+    with seams.placed(head, "forward", forward), seams.placed(actor, "log_probs_from_logits", _taken):
         return original(actor, micro_batch, temperature=1.0)  # the head has divided by it
 
 
@@ -114,30 +113,12 @@ def _head_forward(head: nn.Linear, needed: Tensor, labels: Tensor, temperature: 
     index = needed.nonzero().flatten()
     of = (gather_rows(rows, index), head.weight, labels[index])
     logp, _ = linear_logprob(*of, bias=head.bias, temperature=float(temperature))
-    return logp.new_zeros(len(rows)).index_copy(0, index, logp).view(*hidden.shape[:-1], 1)
+    return scatter(logp, index, (*hidden.shape[:-1], 1))
 
 
 def _taken(logits: Tensor, labels: Tensor) -> Tensor:
     """The log-probs are there already."""
     return logits.squeeze(-1)
-
-
-@contextmanager
-def _placed(owner: Any, name: str, value: Callable[..., Any]) -> Iterator[None]:
-    before = vars(owner).get(name)
-    vars(owner)[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(owner)[name]
-        else:
-            vars(owner)[name] = before
-
-
-@lru_cache
-def _warn(what: str) -> None:
-    warnings.warn(f"revisual_fast: {what} is left to EasyR1's own code", RuntimeWarning, stacklevel=3)
 
 
 # Loss
@@ -164,7 +145,7 @@ def compute_policy_loss(
     """
     mask = response_mask.bool()
     if loss_type in ("gspo", "gspo_token") and differ_within(advantages, mask):
-        _warn(f"{loss_type} with different advantages within a response")
+        seams.warn_once(LEFT.format(f"{loss_type} with different advantages within a response"))
         settings = (clip_ratio_low, clip_ratio_high, clip_ratio_dual, tau_positive, tau_negative)
         verls = _VERLS["compute_policy_loss"]
         return verls(old_log_probs, log_probs, advantages, response_mask, *settings, loss_type, loss_avg_mode, **kwargs)

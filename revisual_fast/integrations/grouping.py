@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
 
 from revisual_fast.packing import Group, Prompt
 
-__all__ = ["GroupedRows", "Images", "content_hashes", "group_rows"]
+__all__ = ["GroupedRows", "Images", "content_hashes", "group_rows", "scatter"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class GroupedRows:
         """[N] int64, on the host: the places in a flat ``[B, C]`` of the tokens of ``rows``, in their order."""
         places = [r * self.shape[1] + self.mask[r].nonzero().flatten() for r in rows]
         return torch.cat(places) if places else torch.empty(0, dtype=torch.long)
+
+
+def scatter(values: Tensor, places: Tensor, shape: Sequence[int]) -> Tensor:
+    """values [N] in the ``places`` [N] int64 of a flat ``shape``, 0 elsewhere. Differentiable."""
+    return values.new_zeros(prod(shape)).scatter(0, places, values).view(*shape)
 
 
 def group_rows(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+
+from revisual_fast.policy.attention import autocast_dtype
 
 INSTEAD = "call it without score=True and take the log-probs from its logits"
 
@@ -36,8 +36,7 @@ class Seen:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self.hidden.append(hidden)
-        device = hidden.device.type
-        self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self.autocast = autocast_dtype(hidden.device.type)
         dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
         self.probe = torch.linspace(-50, 50, self.head.out_features, dtype=dtype, device=hidden.device)
         self.probe[0], self.probe[-1] = TINY, HUGE
@@ -45,20 +44,6 @@ class Seen:
 
 
 TINY, HUGE = 2.0**-20, 2.0**20
-
-
-@contextmanager
-def placed(module: Any, forward: Any) -> Iterator[None]:
-    """Inside, ``forward`` stands in the module's place."""
-    before = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = before
 
 
 def transform_of(base: Any, seen: Seen, out: Any) -> Transform:

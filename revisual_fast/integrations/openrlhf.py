@@ -6,14 +6,13 @@ log-probs come from it. ``PolicyLoss`` works on ``[B, A]`` numbers and stays Ope
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from revisual_fast.integrations.head import head_problem
-from revisual_fast.integrations.seams import check_version, replace, seam
+from revisual_fast.integrations.seams import check_version, replace, seam, warn_once
 from revisual_fast.integrations.transformers import IGNORE, score_tokens
 
 __all__ = ["patch_openrlhf"]
@@ -22,7 +21,6 @@ FORWARD = (
     *("self", "sequences", "action_mask", "attention_mask", "return_output", "allgather_logits", "return_logprobs"),
     *("ring_attn_group", "packed_seq_lens", "return_entropy", "mm_inputs"),
 )
-_told: set[str] = set()
 
 
 def patch_openrlhf() -> None:
@@ -57,6 +55,7 @@ def patch_openrlhf() -> None:
         """
         problem = _problem(self, wants_logits=action_mask is None and not return_logprobs)
         if problem is not None:
+            warn_once(f"revisual_fast: OpenRLHF's own Actor.forward runs: {problem}")
             options: dict[str, Any] = {"return_output": return_output, "allgather_logits": allgather_logits}
             options |= {"return_logprobs": return_logprobs, "ring_attn_group": ring_attn_group}
             options |= {"packed_seq_lens": packed_seq_lens, "return_entropy": return_entropy, **mm_inputs}
@@ -80,15 +79,10 @@ def patch_openrlhf() -> None:
 
 
 def _problem(actor: Any, wants_logits: bool) -> str | None:
-    """Why OpenRLHF's own code runs, warned about once for each reason; None where it need not."""
+    """Why OpenRLHF's own code has to run, or None."""
     if wants_logits:
-        problem: str | None = "a caller wants the logits themselves"
-    else:
-        problem = head_problem(actor.model, "ds.zero_stage 3 has partitioned the head (use stage 2)")
-    if problem is not None and problem not in _told:
-        _told.add(problem)
-        warnings.warn(f"revisual_fast: OpenRLHF's own Actor.forward runs: {problem}", stacklevel=3)
-    return problem
+        return "a caller wants the logits themselves"
+    return head_problem(actor.model, "ds.zero_stage 3 has partitioned the head (use stage 2)")
 
 
 def _targets(sequences: Tensor, attention_mask: Tensor | None, action_mask: Tensor | None) -> Tensor:

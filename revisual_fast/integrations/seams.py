@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -18,7 +21,7 @@ from packaging.specifiers import SpecifierSet
 
 __all__ = [
     *("SUPPORTED", "SeamError", "Supported"),
-    *("check_version", "on_unpatch", "patched", "replace", "seam", "unpatch"),
+    *("check_version", "on_unpatch", "patched", "placed", "replace", "seam", "unpatch", "warn_once"),
 ]
 
 
@@ -168,6 +171,35 @@ def unpatch(integration: str | None = None) -> None:
     if kept:
         places = ", ".join(f"{getattr(e.owner, '__name__', type(e.owner).__name__)}.{e.name}" for e in kept)
         raise SeamError(f"{places} was replaced by somebody else after revisual_fast did; left as it is")
+
+
+@contextmanager
+def placed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, ``owner.name`` (a module's or an instance's own, past any ``__setattr__``) is ``value``."""
+    before = vars(owner).get(name)
+    vars(owner)[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(owner)[name]
+        else:
+            vars(owner)[name] = before
+
+
+_SAID: set[str] = set()
+
+
+def warn_once(message: str, said: set[str] = _SAID, *, stacklevel: int = 3) -> None:
+    """A RuntimeWarning, given once in the process, or once in the life of ``said``: what is left to the other package.
+
+    Messages that differ in their numbers only are one. ``stacklevel`` as in :func:`warnings.warn`: 3 blames whoever
+    called the function that calls this one.
+    """
+    kind = re.sub(r"\d+", "#", message)
+    if kind not in said:
+        said.add(kind)
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
 
 
 def _put(owner: Any, name: str, value: Any) -> None:

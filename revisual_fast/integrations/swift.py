@@ -6,21 +6,19 @@ old and the reference policy and of a local teacher come from it. Everything tha
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from revisual_fast.integrations.head import head_problem
-from revisual_fast.integrations.seams import check_version, replace, seam
+from revisual_fast.integrations.seams import check_version, replace, seam, warn_once
 from revisual_fast.integrations.transformers import IGNORE, score_tokens
 
 __all__ = ["patch_swift"]
 
 TRAINER = "swift.rlhf_trainers.grpo_trainer:GRPOTrainer"
 SINGLE = "_get_per_token_logps_and_entropies_single"
-_told: set[str] = set()
 
 
 def patch_swift() -> None:
@@ -47,7 +45,8 @@ def patch_swift() -> None:
         ``model_inputs["input_ids"]`` is ``[B, L]`` whose last T are scored, or, without padding, one row ``[1, L]``.
         """
         base = self.accelerator.unwrap_model(model)
-        if _problem(self, base) is not None:
+        if (problem := _problem(self, base)) is not None:
+            warn_once(f"revisual_fast: ms-swift's own log-probs are used: {problem}")
             return originals[0](self, model, model_inputs, grpo_batch, compute_entropy=compute_entropy)
         keep, lengths = grpo_batch.logits_to_keep, grpo_batch.seq_lengths
         counts = grpo_batch.completion_mask.bool()
@@ -78,12 +77,7 @@ def _in_one_row(counts: Tensor, spread: Any, keep: int, lengths: Tensor) -> Tens
 
 
 def _problem(trainer: Any, base: Any) -> str | None:
-    """Why ms-swift's own code runs, warned about once for each reason; None where it need not."""
+    """Why ms-swift's own code has to run, or None."""
     if trainer.template.sequence_parallel_size > 1:
-        problem: str | None = "sequence_parallel_size > 1 cuts sequences over devices"
-    else:
-        problem = head_problem(base, "deepspeed zero3 has partitioned the head (use zero2)")
-    if problem is not None and problem not in _told:
-        _told.add(problem)
-        warnings.warn(f"revisual_fast: ms-swift's own log-probs are used: {problem}", stacklevel=3)
-    return problem
+        return "sequence_parallel_size > 1 cuts sequences over devices"
+    return head_problem(base, "deepspeed zero3 has partitioned the head (use zero2)")

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from revisual_fast.integrations.head import INSTEAD, TRANSFORMS, Seen, base_of, gathered, head_of, placed, transform_of
-from revisual_fast.integrations.seams import SeamError
+from revisual_fast.integrations.grouping import scatter
+from revisual_fast.integrations.head import INSTEAD, TRANSFORMS, Seen, base_of, gathered, head_of, transform_of
+from revisual_fast.integrations.seams import SeamError, placed
 from revisual_fast.ops import gather_rows, linear_logprob
 
 __all__ = ["IGNORE", "ScoringOutput", "accelerate_scoring", "score_tokens", "unaccelerate_scoring"]
@@ -135,7 +136,7 @@ def score_tokens(
         kwargs.pop("labels", None)
         return _score(self, run, targets, args, kwargs, options)
 
-    with placed(base, types.MethodType(_with_signature(forward, run), base)):
+    with placed(base, "forward", types.MethodType(_with_signature(forward, run), base)):
         return model(*args, **inputs)
 
 
@@ -147,7 +148,7 @@ def _score(
     seen = Seen(head)
     if "use_cache" in inspect.signature(run).parameters:
         kwargs.setdefault("use_cache", False)
-    with placed(head, seen):
+    with placed(head, "forward", seen):
         try:
             out = run(*args, **{**kwargs, "return_dict": True})
         except Exception as error:
@@ -178,12 +179,8 @@ def _score(
         logits_dtype=logits_dtype,
         backend=backend,
     )
-    logp, entropy = (_spread(values, on_device, targets.shape) for values in found)
+    logp, entropy = (scatter(values, on_device, targets.shape) for values in found)
     return ScoringOutput(logp=logp, entropy=entropy, **{name: getattr(out, name, None) for name in PASSED_ON})
-
-
-def _spread(values: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    return values.new_zeros(shape.numel()).index_put((rows,), values).view(shape)
 
 
 def _rows(hidden: Tensor, rows: Tensor, dtype: torch.dtype | None) -> Tensor:

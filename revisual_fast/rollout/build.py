@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -20,7 +20,7 @@ from revisual_fast.rollout.hf import HFEngine
 from revisual_fast.rollout.messages import EngineSettings
 from revisual_fast.rollout.session import EngineSession
 
-__all__ = ["EngineRoom", "engine_settings", "transfer_kind"]
+__all__ = ["EngineRoom", "check_rollout", "engine_settings", "transfer_kind"]
 
 
 class EngineRoom:
@@ -35,8 +35,7 @@ class EngineRoom:
     ):
         self.config, self.processor, self.log, self.model = config, processor, log, model or config.start_model
         self.device = pick_device(config.model.device)
-        self.kind, self.why = pick_engine(config.rollout, self.device)
-        check_rollout(config, self.device)
+        self.kind, self.why = check_rollout(config, self.device)
         self.images = max((len(record.images) for record in records), default=0)
         needs = self.images or transfer_kind(config, self.device) == "nccl"
         if config.rollout.url is not None and needs and (problem := vllm_problem()):
@@ -90,8 +89,8 @@ class EngineRoom:
 
         rollout = self.config.rollout
         longest = policy.base.config.get_text_config().max_position_embeddings
-        settings = replace(
-            engine_settings(self.config, self.device, self.images, longest),
+        settings = engine_settings(
+            *(self.config, self.device, self.images, longest),
             model=self.model,
             eos_token_ids=self.processor.eos_token_ids,
         )
@@ -119,21 +118,20 @@ class EngineRoom:
         )
 
 
-def check_rollout(config: Config, device: torch.device) -> None:
-    """Raises ValueError for settings of ``rollout`` that cannot work on ``device``, with a stage, on several ranks."""
+def check_rollout(config: Config, device: torch.device) -> tuple[Literal["embedded", "vllm"], str]:
+    """The engine, and why it is this one. Raises ValueError for settings of ``rollout`` that cannot work on ``device``,
+    with a stage, or on several ranks."""
     rollout, ranks = config.rollout, world().size
     if ranks > 1:
         if rollout.async_ != "off":
-            raise ValueError(
-                f"rollout.async: {rollout.async_} works on one rank only, these are {ranks}; set it to off"
-            )
+            raise ValueError(f"rollout.async: {rollout.async_} needs a single rank, not {ranks}; set it to off")
         if rollout.url is not None or rollout.tensor_parallel > 1:
             raise ValueError(
                 f"rollout: each of {ranks} ranks has an engine on its own device; leave out url and tensor_parallel"
             )
-    kind, _ = pick_engine(rollout, device)
+    kind, why = pick_engine(rollout, device)
     if kind == "embedded":
-        return
+        return kind, why
     if device.type != "cuda" and rollout.sleep in (1, 2):
         raise ValueError(f"rollout.sleep: vllm sleeps on CUDA only, the trainer is on {device.type}; set it to off")
     if device.type != "cuda" and rollout.transfer in ("ipc", "nccl"):
@@ -141,6 +139,7 @@ def check_rollout(config: Config, device: torch.device) -> None:
             f"rollout.transfer: {rollout.transfer} needs CUDA, the trainer is on {device.type}; set it to host"
         )
     _check_sampling(config)
+    return kind, why
 
 
 def _check_sampling(config: Config) -> None:
@@ -160,8 +159,8 @@ def _check_sampling(config: Config) -> None:
             )
 
 
-def transfer_kind(config: Config, device: torch.device) -> str:
-    """How weights reach vllm: "ipc", "nccl" or "host"."""
+def transfer_kind(config: Config, device: torch.device) -> Literal["ipc", "nccl", "host"]:
+    """How weights reach vllm."""
     rollout = config.rollout
     if rollout.transfer != "auto":
         return rollout.transfer
@@ -179,10 +178,12 @@ def sleep_level(config: Config, device: torch.device) -> int:
     return 0 if rollout.sleep == "off" else rollout.sleep
 
 
-def engine_settings(config: Config, device: torch.device, images: int, longest: int) -> EngineSettings:
+def engine_settings(
+    config: Config, device: torch.device, images: int, longest: int, *, model: str, eos_token_ids: tuple[int, ...]
+) -> EngineSettings:
     """What vllm is started with: as long as every stage's prompts and responses, and evaluation's if its prompts are as
     the stages', but not longer than the model's ``longest`` sequence."""
-    rollout, model = config.rollout, config.model
+    rollout = config.rollout
     stages = [config.stages[name] for name in config.curriculum]
     training = [stage for stage in stages if isinstance(stage, GRPOConfig)]
     longest_prompt = max(stage.max_prompt_tokens for stage in stages)
@@ -190,8 +191,8 @@ def engine_settings(config: Config, device: torch.device, images: int, longest: 
     lengths = [stage.max_prompt_tokens + stage.max_response_tokens for stage in training]
     lengths += [longest_prompt + config.evaluation.max_response_tokens] if evaluated else []
     return EngineSettings(
-        model=config.start_model,
-        dtype=model.dtype,
+        model=model,
+        dtype=config.model.dtype,
         device=str(device),
         max_model_len=min(longest, max(lengths, default=longest_prompt)),
         max_batch=rollout.max_batch,
@@ -199,6 +200,7 @@ def engine_settings(config: Config, device: torch.device, images: int, longest: 
         memory_share=rollout.memory_share,
         sleep=sleep_level(config, device) > 0,
         masks=any(stage.sampling.replayed for stage in training),
-        transfer=transfer_kind(config, device),  # type: ignore[arg-type]
+        transfer=transfer_kind(config, device),
         images=images,
+        eos_token_ids=eos_token_ids,
     )

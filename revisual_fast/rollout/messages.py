@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 __all__ = [
-    "Alive", "Command", "EngineInfo", "EngineSettings", "Event", "Failed", "Finished", "Problem", "Reply", "Request",
+    "Alive", "Command", "EngineSettings", "Event", "Failed", "Finished", "Problem", "Reply", "Request",
 ]  # fmt: skip
 
 
@@ -33,16 +33,6 @@ class EngineSettings:
     transfer: Literal["ipc", "nccl", "host"] = "host"
     images: int = 0  # most images of one prompt
     eos_token_ids: tuple[int, ...] = ()  # any of them ends a completion, and nothing else does
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """What the engine says of itself when it is ready."""
-
-    version: str  # "vllm 0.32.0"
-    vocab: int  # rows of the head
-    max_model_len: int
-    masks: bool
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from weakref import ref
 from revisual_fast.packing import Prompt
 from revisual_fast.policy.model import Policy
 from revisual_fast.rollout.engine import EngineError, OnGroup, Rollout, Sampling, Sync
-from revisual_fast.rollout.messages import EngineInfo, Event, Failed, Finished, Request
+from revisual_fast.rollout.messages import Event, Failed, Finished, Request
 from revisual_fast.rollout.requests import PendingBatch, make_requests
 from revisual_fast.rollout.weights import WeightSource, compare
 
@@ -49,8 +49,8 @@ class Connection(Protocol):
     be called. Raises EngineError where the engine is well and refuses.
     """
 
-    def start(self) -> EngineInfo:
-        """Start the engine, or wait for it; blocks until it can be used."""
+    def start(self) -> int:
+        """Start the engine, or wait for it; blocks until it can be used. Returns the rows of its model's head."""
 
     def call(self, name: str, *, timeout: float | None = None, **kwargs: Any) -> Any:
         """The value of a :class:`~revisual_fast.rollout.messages.Command`; ``timeout`` in seconds."""
@@ -97,7 +97,7 @@ class RemoteEngine:
         self.max_restarts, self.request_retries = max_restarts, request_retries
         self.check_weights = check_weights
         self.counts = {"restarts": 0, "retried_requests": 0, "regenerated_groups": 0}
-        self.info: EngineInfo | None = None  # of the latest start
+        self._vocab: int | None = None  # as the latest start has said
         self._running = False
         self._asleep: set[str] = set()
         self._closed = False
@@ -106,10 +106,6 @@ class RemoteEngine:
         self._trained: frozenset[str] = frozenset()  # names that could change when they were last sent
 
     # -- the protocol
-
-    def start(self) -> EngineInfo:
-        """Start the engine now. Raises EngineError if it cannot be."""
-        return self._surely("a start", self._start)
 
     def generate(
         self, prompts: Sequence[Prompt], n: int, sampling: Sampling, on_group: OnGroup | None = None
@@ -178,23 +174,20 @@ class RemoteEngine:
             self._abandon()
             raise
 
-    def _start(self) -> EngineInfo:
+    def _start(self) -> None:
         if self._running:
-            assert self.info is not None
-            return self.info
+            return
         if self._closed:
             raise EngineError("the engine has been closed")
         try:
-            info = self.connection.start()
+            vocab = self.connection.start()
         except EngineLost as lost:
-            if self.info is None:
+            if self._vocab is None:
                 self._abandon()
                 raise EngineError(f"the engine cannot be started: {lost}{ADVICE[lost.kind]}") from lost
             raise
-        self.counts["restarts"] += self.info is not None
-        self.info = info
-        self._running = True
-        return info
+        self.counts["restarts"] += self._vocab is not None
+        self._vocab, self._running = vocab, True
 
     def _lose(self, lost: EngineLost) -> None:
         _log.warning("The engine is lost and will be started anew: %s", lost)
@@ -217,11 +210,9 @@ class RemoteEngine:
         if self._held == self._wanted:
             return Sync()
         policy, version = self._policy(), self._wanted[1]
-        if self.info is not None and self.info.vocab != policy.head_weight.shape[0]:
-            rows = policy.head_weight.shape[0]
-            raise EngineError(
-                f"the engine's model has a vocabulary of {self.info.vocab}, the policy's {rows}: another one"
-            )
+        rows = policy.head_weight.shape[0]
+        if self._vocab != rows:
+            raise EngineError(f"the engine's model has a vocabulary of {self._vocab}, the policy's {rows}: another one")
         with policy.writing:
             source = WeightSource(policy)
             same = self._held is not None and self._held[0] == self._wanted[0]

@@ -245,11 +245,13 @@ def test_an_engine_that_gives_up_saves_the_run(small_run, tmp_path, copying, mon
 
 def test_the_engine_is_as_large_as_the_longest_prompt_and_response(small_run):
     config = load_config(small_run, ["stages.rl.max_prompt_tokens=100", "stages.warm.max_prompt_tokens=120"])
-    settings = engine_settings(config, torch.device("cpu"), images=2, longest=4096)
+    of = {"model": "a/model", "eos_token_ids": (3, 5)}
+    settings = engine_settings(config, torch.device("cpu"), images=2, longest=4096, **of)
     assert (settings.max_model_len, settings.images, settings.transfer) == (128, 2, "host")
+    assert (settings.model, settings.eos_token_ids) == ("a/model", (3, 5))
     assert not settings.masks
     longer = load_config(small_run, ["stages.rl.max_prompt_tokens=100", "stages.rl.max_response_tokens=300"])
-    assert engine_settings(longer, torch.device("cpu"), images=2, longest=4096).max_model_len == 4096
-    assert engine_settings(longer, torch.device("cpu"), images=2, longest=9999).max_model_len == 8192 + 8
+    assert engine_settings(longer, torch.device("cpu"), images=2, longest=4096, **of).max_model_len == 4096
+    assert engine_settings(longer, torch.device("cpu"), images=2, longest=9999, **of).max_model_len == 8192 + 8
     masked = load_config(small_run, [*ON_POLICY, "stages.rl.sampling.top_k=3"])
-    assert engine_settings(masked, torch.device("cpu"), images=0, longest=4096).masks
+    assert engine_settings(masked, torch.device("cpu"), images=0, longest=4096, **of).masks

@@ -1,9 +1,6 @@
 """The built CUDA library loads anywhere, has all ops, spills no register and uses the instructions meant for it."""
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from tests.kernels.cuda_gates import (
     table,
     usages,
 )
+from tests.processes import run_code
 
 CSRC = Path(__file__).parents[2] / "csrc"
 built = pytest.mark.skipif(not LIBRARY.exists(), reason=f"the CUDA kernels are not built: {BUILD}")
@@ -89,9 +87,7 @@ def test_the_library_is_loaded_and_newer_than_its_sources() -> None:
 @built
 def test_it_loads_in_a_process_of_its_own_without_a_device() -> None:
     code = "from revisual_fast.kernels import cuda_library as c; print(c.load(), c.ARCHITECTURES)"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["None", ARCHITECTURES]
+    assert run_code(code, CUDA_VISIBLE_DEVICES="").split() == ["None", ARCHITECTURES]
 
 
 @built

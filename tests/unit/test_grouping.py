@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from revisual_fast.integrations.grouping import Images, content_hashes, group_rows
+from revisual_fast.integrations.grouping import Images, content_hashes, group_rows, scatter
 
 P, A = [7, 8, 9], [5, 6]
 
@@ -23,6 +23,11 @@ def test_equal_prompts_become_one_group_wherever_they_stand():
     assert [c.tolist() for g in made.groups for c in g.completions] == [[1, 2], [4, 5, 6], [3], [2, 2]]
     assert made.index([2, 1]).tolist() == [6, 7, 8, 3]
     assert made.index([]).tolist() == []
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
+    put = scatter(values, made.index([2, 1]), made.shape)
+    assert put.tolist() == [[0, 0, 0], [4, 0, 0], [1, 2, 3], [0, 0, 0], [0, 0, 0]]
+    put.backward(torch.arange(15.0).view(5, 3))
+    assert values.grad.tolist() == [6, 7, 8, 3]
 
 
 def test_a_padding_id_inside_a_prompt_is_kept():

@@ -1,12 +1,11 @@
 """The layout: who may import whom, and names that must not be taken."""
 
 import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_code
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [p for p in [*ROOT.glob("revisual_fast/**/*.py"), *ROOT.glob("kernels/*.py")] if p.is_file()]
@@ -70,9 +69,7 @@ def test_the_trainer_does_not_import_vllm(tmp_path):
     modules = ["curriculum", "rollout.build", *(f"rollout.vllm.{name}" for name in ("process", "server", "transfer"))]
     code = "".join(f"import revisual_fast.{name}\n" for name in modules)
     code += "import importlib.util, sys\nassert importlib.util.find_spec('vllm')\nassert 'vllm' not in sys.modules"
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_code(code, PYTHONPATH=f"{tmp_path}:{ROOT}")
 
 
 def test_kernels_are_found_through_the_package_and_only_there():

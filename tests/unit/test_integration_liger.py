@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import itertools
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from revisual_fast.integrations.liger import LigerFusedLinearGRPOLoss
 from tests.numerics import LargestTensor, relative_error
+from tests.processes import run_code
 
 B, T, H, V = 5, 7, 16, 50
 LENGTHS = torch.tensor([7, 3, 0, 5, 1])
@@ -285,5 +284,4 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_importing_it_imports_no_liger() -> None:
     code = "import sys; sys.modules['liger_kernel'] = None; import revisual_fast.integrations.liger"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_code(code)

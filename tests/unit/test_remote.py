@@ -240,7 +240,7 @@ def test_an_engine_that_cannot_start_shows_its_last_lines(setup, policy):
     assert one.commands("start") == [None]  # there was no second try
     refuses = setup(("start", "request"))
     with pytest.raises(EngineError, match=r"^a planned request$"):
-        refuses.engine.start()
+        refuses.engine.update_weights(policy, 0)
 
 
 def test_an_interrupted_batch_leaves_an_engine_that_can_be_used(setup, policy, undisturbed):

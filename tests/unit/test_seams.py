@@ -1,16 +1,27 @@
 """Places in other packages: checked by shape, replaced and restored. The table of supported versions."""
 
 import re
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from revisual_fast.integrations import seams
-from revisual_fast.integrations.seams import SUPPORTED, SeamError, check_version, on_unpatch, patched, replace, seam
+from revisual_fast.integrations.seams import (
+    SUPPORTED,
+    SeamError,
+    check_version,
+    on_unpatch,
+    patched,
+    placed,
+    replace,
+    seam,
+    warn_once,
+)
 from revisual_fast.integrations.seams import unpatch as unpatch_all
+from tests.processes import run_code
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "integrations"
@@ -106,6 +117,34 @@ def test_more_that_is_restored():
     assert done == [kept]
 
 
+def test_placed_for_a_while(module):
+    own, head = module.loss, module.Head()
+
+    def fail() -> None:
+        with placed(module, "loss", 1), placed(head, "forward", 2):
+            assert (module.loss, head.forward) == (1, 2)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert module.loss is own
+    assert "forward" not in vars(head)
+
+
+def test_warned_once_whatever_the_numbers():
+    def leaves(reason: str, said: set[str]) -> None:
+        warn_once(reason, said)
+
+    first: set[str] = set()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for reason in ("2 rows", "30 rows", "a head that is gone", "2 rows"):
+            leaves(reason, first)
+        leaves("4 rows", set())
+    assert [str(w.message) for w in caught] == ["2 rows", "a head that is gone", "4 rows"]
+    assert {(w.category, w.filename) for w in caught} == {(RuntimeWarning, __file__)}
+
+
 def test_versions(monkeypatch):
     with pytest.raises(ValueError, match="there is no integration 'tlr'"):
         unpatch_all("tlr")
@@ -155,4 +194,4 @@ def test_links_lead_somewhere(page):
 def test_importing_the_package_loads_no_other_trainer():
     code = "import revisual_fast, revisual_fast.integrations, sys\n"
     code += "assert not {'trl', 'verl', 'openrlhf', 'swift', 'liger_kernel', 'transformers'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    run_code(code)

@@ -68,11 +68,10 @@ def requests(*first: int) -> list[Request]:
     return [Request(i, [token, i], seed=i) for i, token in enumerate(first)]
 
 
-def test_start_says_what_the_server_is(serve):
+def test_start_says_how_large_the_vocabulary_is(serve):
     server = serve()
     server.asleep = True  # left so by an earlier trainer
-    info = connect(server.url).start()
-    assert (info.version, info.vocab, info.max_model_len) == ("vllm 9.9", 64, 64)
+    assert connect(server.url).start() == 64
     assert not server.asleep
     with pytest.raises(ValueError, match="localhost"):
         connect("localhost:8000")

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.vllm.engines import Engines
-
-HERE = Path(__file__).parent
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        skip = pytest.mark.skip(reason="needs vllm: make test-vllm")
-        for item in items:
-            if HERE in item.path.parents:
-                item.add_marker(skip)
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from revisual_fast.rollout.messages import EngineInfo, EngineSettings
+from revisual_fast.rollout.messages import EngineSettings
 from revisual_fast.rollout.vllm.commands import Commands
 from revisual_fast.rollout.vllm.worker import main
 
 
 class Probing(Commands):
-    def start(self, settings: EngineSettings) -> EngineInfo:
-        info = super().start(settings)
+    def start(self, settings: EngineSettings) -> int:
+        vocab = super().start(settings)
         self._scheduled = self._encoded = 0
         scheduler = self._scheduler
         schedule = scheduler.schedule
@@ -23,7 +23,7 @@ class Probing(Commands):
             return output
 
         scheduler.schedule = counting
-        return info
+        return vocab
 
     @property
     def _scheduler(self) -> Any:

@@ -22,7 +22,7 @@ from revisual_fast.rollout.vllm.server import ServerConnection
 from revisual_fast.rollout.vllm.server_checks import serve_command
 from revisual_fast.rollout.vllm.transfer import HostSender
 from tests.groups import make_prompt
-from tests.vllm.engines import MAX_LENGTH, ROOT, Vllm, trainer_logp, transformers_greedy
+from tests.vllm.engines import ROOT, Vllm, trainer_logp, transformers_greedy
 
 TOKENS = 16
 
@@ -70,7 +70,6 @@ class Served(Vllm):
 def served(tiny_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     made = Served(tiny_vl, tmp_path_factory.mktemp("server"))
     try:
-        made.engine.start()
         made.update()
         yield made
     except EngineLost as lost:
@@ -80,10 +79,6 @@ def served(tiny_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def test_it_says_what_it_is(served: Served) -> None:
-    assert served.engine.info is not None
-    assert served.engine.info.version.startswith("vllm 0.")
-    assert served.engine.info.vocab == served.policy.head_weight.shape[0]
-    assert served.engine.info.max_model_len == MAX_LENGTH
     assert served.engine.memory() > 0
     assert served.server.call("world_size") == 1
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from revisual_fast.integrations.seams import replace, seam
+from revisual_fast.integrations.seams import replace, seam, warn_once
 from revisual_fast.kernels.linear import matmul
 from revisual_fast.kernels.plan import rows_per_chunk, slices
 from revisual_fast.ops import linear_logprob
+from revisual_fast.policy.attention import autocast_dtype
 
 __all__ = ["FusedLogProb", "patch_trl"]
 
@@ -42,7 +42,6 @@ class FusedLogProb:
     """Stands where TRL has an autograd function, of which it calls ``apply`` only."""
 
     original: Any = None
-    warned: set[str] = set()  # noqa: RUF012 - what has been said already, for the process
 
     @classmethod
     def apply(
@@ -60,12 +59,11 @@ class FusedLogProb:
         """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N] or None where it is not asked for."""
         reason = _why_not(hidden, weight, logit_scale)
         if reason is not None:
-            cls._warn(reason)
+            warn_once(f"revisual_fast: TRL's own log-probs are used: {reason}")
             settings = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             return cls.original.apply(hidden, weight, bias, targets, *settings)
         kind = hidden.device.type
-        if torch.is_autocast_enabled(kind):
-            hidden = hidden.to(torch.get_autocast_dtype(kind))
+        hidden = hidden.to(autocast_dtype(kind) or hidden.dtype)
         if weight.dtype.itemsize < hidden.dtype.itemsize:
             weight = weight.to(hidden.dtype)
         # scale * z, softcapped and divided by T, is z softcapped at cap / scale and divided by T / scale
@@ -76,12 +74,6 @@ class FusedLogProb:
             asked = [name for name in STATISTICS if name in outputs]
             more = _statistics(hidden, weight, bias, targets, asked, **transform) if asked else {}
         return (logp, entropy if "entropy" in outputs else None, *(more.get(name) for name in STATISTICS))
-
-    @classmethod
-    def _warn(cls, reason: str) -> None:
-        if reason not in cls.warned:
-            cls.warned.add(reason)
-            warnings.warn(f"revisual_fast: TRL's own log-probs are used: {reason}", stacklevel=3)
 
 
 def _why_not(hidden: Tensor, weight: Tensor, logit_scale: float) -> str | None:

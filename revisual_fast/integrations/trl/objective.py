@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revisual_fast.integrations.grouping import scatter
 from revisual_fast.integrations.seams import SeamError
 from revisual_fast.losses import PolicyObjective, TokenBatch
 from revisual_fast.losses.objective import loss_gradients
@@ -107,7 +108,7 @@ def _compare(trainer: Any, objective: PolicyObjective, trl_loss: Any, on_policy:
     tokens, _ = objective.prepare(tokens, len(places), logp.dtype, logp.device)
     ours, c, e = loss_gradients(objective, logp.flatten()[places], entropy.flatten()[places], tokens)
     found = [torch.zeros_like(c) if x is None else x for x in (c, e)]
-    padded = [torch.zeros_like(logp).flatten().scatter(0, places, x).view_as(logp) for x in found]
+    padded = [scatter(x, places, logp.shape) for x in found]
     named = zip(("value", "gradient by the log-probs", "gradient by the entropies"), (ours, *padded), strict=True)
     for (name, mine), their in zip(named, (theirs.detach(), *wanted), strict=True):
         size = their.abs().max() if name != "value" else (wanted[0] * logp.detach()).abs().sum()  # a value may cancel

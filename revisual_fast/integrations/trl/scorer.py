@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revisual_fast.integrations.grouping import GroupedRows, Images, group_rows
+from revisual_fast.integrations.grouping import GroupedRows, Images, group_rows, scatter
 from revisual_fast.losses import Objective, TokenBatch
 from revisual_fast.ops import linear_logprob, linear_policy_loss
 from revisual_fast.packing import Group, PackedBatch, plan_micro_batches
@@ -153,11 +153,6 @@ class Scorer:
 
         loss, logp, entropy = self.policy.run(through, work)
         return loss, Scored(*(scatter(x, index, grouped.shape) for x in (logp, entropy)))
-
-
-def scatter(values: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
-    """values [N] in the ``places`` [N] of a flat ``[B, C]``, 0 elsewhere: [B, C]. Differentiable."""
-    return values.new_zeros(shape[0] * shape[1]).scatter(0, places, values).view(shape)
 
 
 def _only(batch: PackedBatch, trained: Tensor) -> PackedBatch:

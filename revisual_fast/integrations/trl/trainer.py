@@ -8,8 +8,6 @@ its gradient, and TRL's own method is given the log-probs that exist by then, fo
 from __future__ import annotations
 
 import inspect
-import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +16,11 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from revisual_fast.integrations.seams import SeamError, on_unpatch, seam
+from revisual_fast.integrations.grouping import scatter
+from revisual_fast.integrations.seams import SeamError, on_unpatch, seam, warn_once
 from revisual_fast.integrations.trl.objective import check_objective_against, objective_of, token_values
 from revisual_fast.integrations.trl.regroup import regrouped
-from revisual_fast.integrations.trl.scorer import Scored, Scorer, scatter, scorer_problem
+from revisual_fast.integrations.trl.scorer import Scored, Scorer, scorer_problem
 from revisual_fast.losses import Objective, PolicyObjective, TokenBatch
 
 __all__ = ["FastGRPOTrainer"]
@@ -41,7 +40,7 @@ FEATURES = (
     *("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
 )
 """What TRL hands to the model's forward, where a batch has it."""
-NOTHING = "no completion has a token"
+NOTHING, GIVEN_BACK = "no completion has a token", "the models were given back"
 
 
 class FastGRPOTrainer(GRPOTrainer):
@@ -65,7 +64,7 @@ class FastGRPOTrainer(GRPOTrainer):
             raise SeamError(f"{TRAINER}.{SCORES} takes {sorted(unknown)}, which nothing is known of here")
         self._scorers: dict[int, Scorer] = {}
         self._given: Scored | None = None
-        self._said: set[str] = {NOTHING}  # no warning is due
+        self._said: set[str] = set()
         self._keep_groups, self._attention = keep_groups, attention
         self._fast_problem: str | None = "the trainer is under construction"
         super().__init__(*args, **kwargs)
@@ -86,8 +85,7 @@ class FastGRPOTrainer(GRPOTrainer):
 
     def release(self) -> None:
         """Give the models back; from here on the trainer works as TRL's. :func:`unpatch` calls it."""
-        self._fast_problem = "the models were given back"
-        self._said.add(self._fast_problem)  # as asked for, nothing to warn of
+        self._fast_problem = GIVEN_BACK
         for scorer in self._scorers.values():
             scorer.policy.release()
         self._scorers.clear()
@@ -108,10 +106,8 @@ class FastGRPOTrainer(GRPOTrainer):
         return next((p for m in (self.model, self.ref_model) if m is not None and (p := scorer_problem(m))), None)
 
     def _say(self, reason: str) -> None:
-        kind = re.sub(r"\d+", "#", reason)
-        if kind not in self._said:
-            self._said.add(kind)
-            warnings.warn(f"FastGRPOTrainer leaves this to TRL: {reason}", stacklevel=4)
+        if reason not in (NOTHING, GIVEN_BACK):  # nobody is surprised by these
+            warn_once(f"FastGRPOTrainer leaves this to TRL: {reason}", self._said, stacklevel=4)
 
     def _scorer(self, model: Any) -> Scorer:
         """That of a model, or of the model in a wrapper."""

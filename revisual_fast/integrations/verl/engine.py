@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from revisual_fast.integrations.seams import warn_once
 from revisual_fast.integrations.verl.head import needed_rows
 from revisual_fast.integrations.verl.policy import EnginePolicy
 from revisual_fast.integrations.verl.rows import (
@@ -48,7 +48,7 @@ class SharedPromptEngine(FSDPEngineWithLMHead):
 
     def _build_module(self) -> Any:
         module = super()._build_module()
-        self._warned: set[str] = set()
+        self._said: set[str] = set()
         self._never = self._why_never()
         if self._never is None:
             try:
@@ -70,7 +70,7 @@ class SharedPromptEngine(FSDPEngineWithLMHead):
         try:
             packed = self._pack(micro_batch)
         except CannotPack as reason:
-            self._warn(str(reason))
+            warn_once(f"revisual_fast: verl's own code runs, not packed rows: {reason}", self._said)
             return super().prepare_model_inputs(micro_batch)
         policy = self.policy
         assert policy is not None
@@ -104,13 +104,6 @@ class SharedPromptEngine(FSDPEngineWithLMHead):
         if size > 1:
             tu.assign_non_tensor(data, force_group_size=size)
         return super().forward_backward_batch(data, loss_function=loss_function, forward_only=forward_only)
-
-    def _warn(self, reason: str) -> None:
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(
-                f"revisual_fast: verl's own code runs, not packed rows: {reason}", RuntimeWarning, stacklevel=3
-            )
 
     def _pack(self, micro_batch: Any) -> _Packed:
         """Raises CannotPack."""

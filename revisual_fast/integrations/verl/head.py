@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from verl.utils.kernel.linear_cross_entropy import LinearCrossEntropy
 
+from revisual_fast.integrations.seams import warn_once
 from revisual_fast.ops import gather_rows, linear_logprob
 
 __all__ = ["linear_cross_entropy", "needed_rows"]
@@ -47,7 +46,8 @@ def linear_cross_entropy(
     and a vocabulary that is split over processes are left to verl's own kernels, with one warning.
     """
     if dist_process_group is not None or reduction.lower() != "none":
-        _warn("a vocabulary split over processes" if dist_process_group is not None else f"reduction={reduction!r}")
+        what = "a vocabulary split over processes" if dist_process_group is not None else f"reduction={reduction!r}"
+        warn_once(f"revisual_fast: {what} is left to verl's own linear_cross_entropy")
         return LinearCrossEntropy.apply(hidden, weight, labels, temperature, reduction, dist_process_group)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     if torch.promote_types(rows.dtype, weight.dtype) != weight.dtype:
@@ -59,8 +59,3 @@ def linear_cross_entropy(
     found = linear_logprob(gather_rows(rows, index), weight, targets[index], temperature=temperature)
     logp, entropy = (torch.full_like(targets, torch.nan, dtype=x.dtype).index_copy(0, index, x) for x in found)
     return logp, entropy
-
-
-@lru_cache
-def _warn(what: str) -> None:
-    warnings.warn(f"revisual_fast: {what} is left to verl's own linear_cross_entropy", RuntimeWarning, stacklevel=3)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from revisual_fast.kernels.embed import pack_embeddings
 from revisual_fast.ops import linear_logprob
 from revisual_fast.packing import PackedBatch
-from revisual_fast.policy.attention import AttentionPlan, make_plan, pick_attention
+from revisual_fast.policy.attention import AttentionPlan, autocast_dtype, make_plan, pick_attention
 from revisual_fast.policy.borrowed import BorrowedPolicy
 from revisual_fast.policy.families import family_for
 
@@ -95,8 +95,8 @@ class EnginePolicy(BorrowedPolicy):
 
     def states(self, batch: PackedBatch, plan: AttentionPlan | None = None) -> Tensor:
         self._rows = self.family.embedding(batch.ids)  # [T, D]
-        kind, device = self.device.type, self.device
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._rows.dtype
+        device = self.device
+        dtype = autocast_dtype(device.type) or self._rows.dtype
         if self._backend is None:
             self._backend, self.why_attention = pick_attention("auto", device, dtype)
         return super().states(batch, plan or make_plan(self._backend, batch.segments, device, dtype))

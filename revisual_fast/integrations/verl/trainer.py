@@ -6,9 +6,7 @@ Importing this module puts it in place, and with it the rest of the integration:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -50,7 +48,7 @@ def _balance_batch(
     try:
         partitions = whole_prompts(batch.keys, lengths, max(self.actor_rollout_wg._dispatch_info["actor"]) + 1)
     except ValueError as reason:
-        _warn(str(reason))
+        seams.warn_once(f"revisual_fast: rows are dealt as verl does, not prompts: {reason}")
         return batch
     metrics.update(log_seqlen_unbalance(seqlen_list=lengths, partitions=partitions, prefix=logging_prefix))
     batch.reorder([i for partition in partitions for i in partition])
@@ -76,11 +74,6 @@ def whole_prompts(keys: Sequence[str], lengths: Sequence[int], ranks: int) -> li
     work = calculate_workload(torch.tensor(lengths)[torch.tensor(groups)]).sum(1).tolist()
     dealt = get_seqlen_balanced_partitions(work, k_partitions=ranks, equal_size=True)
     return [[row for group in sorted(part) for row in groups[group]] for part in dealt]
-
-
-@lru_cache
-def _warn(reason: str) -> None:
-    warnings.warn(f"revisual_fast: rows are dealt as verl does, not prompts: {reason}", RuntimeWarning, stacklevel=3)
 
 
 patch()

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from revisual_fast.rollout.engine import Sampling
-from revisual_fast.rollout.messages import Alive, EngineInfo, EngineSettings, Event, Failed, Finished, Problem, Request
+from revisual_fast.rollout.messages import Alive, EngineSettings, Event, Failed, Finished, Problem, Request
+from revisual_fast.rollout.vllm.completions import end_problem, length_problem, sampling_params
 from revisual_fast.rollout.vllm.inputs import engine_input
 
 __all__ = ["Commands", "Refused", "problem_of"]
@@ -47,7 +48,8 @@ class Commands:
 
     # -- life
 
-    def start(self, settings: EngineSettings) -> EngineInfo:
+    def start(self, settings: EngineSettings) -> int:
+        """Rows of the model's head."""
         if settings.masks and not settings.device.startswith("cuda"):
             raise Refused(
                 "vLLM returns sampling masks on CUDA only; use the embedded engine, or sample with top_p 1 and top_k 0"
@@ -55,7 +57,7 @@ class Commands:
         os.environ.update(environment(settings, os.environ))
         if not settings.device.startswith("cuda"):
             torch.compiler.set_stance("force_eager")  # the sampler's few functions are not worth a compiler's minute
-        from vllm import EngineArgs, __version__
+        from vllm import EngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -73,8 +75,7 @@ class Commands:
         assert not any(problems := self.engine.collective_rpc("revisual_problems")), problems
         self.settings = settings
         self._held = self._used()
-        config = self.engine.model_config
-        return EngineInfo(f"vllm {__version__}", config.get_vocab_size(), config.max_model_len, settings.masks)
+        return self.engine.model_config.get_vocab_size()
 
     def close(self) -> None:
         if self.engine is not None:
@@ -149,8 +150,7 @@ class Commands:
         """Emits every request's Finished or Failed as it comes about, and Alive in between."""
         if self.engine.is_sleeping():
             raise Refused("the engine sleeps; wake it up before it is to generate")
-        copies = n if sampling.temperature == 0 else 1  # vLLM decodes greedily once; the others would be the same
-        params = self._params(n // copies, sampling)
+        params = self._params(n, sampling)
         said = time.monotonic()
         for request in requests:
             problem = self._add(request, params)
@@ -160,7 +160,7 @@ class Commands:
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 if output.finished:
-                    emit(_answer(output, copies, self.settings.masks and sampling.masks))
+                    emit(_answer(output, n, self.settings.masks and sampling.masks))
                     said = time.monotonic()
             said = _stay_alive(said, emit)
 
@@ -168,32 +168,13 @@ class Commands:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        temperature, top_k = sampling.temperature, sampling.top_k
-        if self.settings.masks:  # then vLLM wants a temperature and a bound on the mask from every request
-            if temperature == 0:
-                temperature, top_k = 1.0, 1
-            elif top_k == 0:
-                top_k = self.engine.model_config.get_vocab_size()  # no bound; top_p leaves few
-        return SamplingParams(
-            n=n,
-            temperature=temperature,
-            top_p=1.0 if temperature == 0 else sampling.top_p,
-            top_k=0 if temperature == 0 else top_k,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=list(self.settings.eos_token_ids),
-            ignore_eos=True,  # vLLM's own idea of it may be another
-            logprobs=0,  # of the sampled token alone
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        asked = sampling_params(n, sampling, self.settings, self.engine.model_config.get_vocab_size())
+        return SamplingParams(**asked, output_kind=RequestOutputKind.FINAL_ONLY)
 
     def _add(self, request: Request, params: Any) -> str:
         """Why the request cannot be served; empty if it can."""
-        most, length = self.engine.model_config.max_model_len, len(request.ids)
-        if length + params.max_tokens > most:
-            return (
-                f"a prompt of {length} and a response of {params.max_tokens} tokens are more than the engine's {most}"
-            )
+        if problem := length_problem(request, params.max_tokens, self.settings):
+            return problem
         params = params.clone()
         params.seed = request.seed  # completion i takes seed + i
         try:
@@ -263,12 +244,12 @@ def _stay_alive(said: float, emit: Callable[[Event], None]) -> float:
     return time.monotonic()
 
 
-def _answer(output: Any, copies: int, masks: bool) -> Finished | Failed:
-    """The event for vLLM's output of a finished request, its completions repeated."""
-    index, completions = int(output.request_id), output.outputs * copies
+def _answer(output: Any, n: int, masks: bool) -> Finished | Failed:
+    """The event for vLLM's output of a finished request; a single greedy completion stands for all ``n``."""
+    index, completions = int(output.request_id), output.outputs * (n // len(output.outputs))
     reasons = [c.finish_reason for c in completions]
-    if not {"stop", "length"}.issuperset(reasons):
-        return Failed(index, f"vLLM ended it with {', '.join(sorted(map(str, set(reasons) - {'stop', 'length'})))}")
+    if problem := end_problem(reasons):
+        return Failed(index, problem)
     return Finished(
         index,
         ids=[list(c.token_ids) for c in completions],

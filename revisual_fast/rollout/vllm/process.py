@@ -26,7 +26,6 @@ from revisual_fast.rollout.engine import EngineError, Sampling
 from revisual_fast.rollout.messages import (
     Alive,
     Command,
-    EngineInfo,
     EngineSettings,
     Event,
     Failed,
@@ -74,8 +73,8 @@ class ProcessConnection:
         """Of the child, which leads its process group; None while there is none."""
         return self._child.process.pid if self._child else None
 
-    def start(self) -> EngineInfo:
-        """Start the child and wait until it can be used."""
+    def start(self) -> int:
+        """Start the child and wait until it can be used; rows of its model's head."""
         self.kill()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._child = _Child(self)

@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from revisual_fast.rollout.engine import EngineError, Sampling
-from revisual_fast.rollout.messages import Alive, EngineInfo, EngineSettings, Event, Failed, Request
+from revisual_fast.rollout.messages import Alive, EngineSettings, Event, Failed, Request
 from revisual_fast.rollout.remote import EngineLost
 from revisual_fast.rollout.vllm.http import FAILURES, Flight, reason
 from revisual_fast.rollout.vllm.server_checks import (
@@ -84,11 +84,10 @@ class ServerConnection:
 
     # -- start
 
-    def start(self) -> EngineInfo:
+    def start(self) -> int:
         self.kill()
         self._label = None
         self._wait()
-        version = self._json("GET", "/version")["version"]
         paths = self._request("GET", "/openapi.json")[1]
         there = paths.get("paths", {}) if isinstance(paths, dict) else {}
         if missing := [route for route in ROUTES if route not in there]:
@@ -102,8 +101,7 @@ class ServerConnection:
         if self._json("GET", "/is_sleeping")["is_sleeping"]:  # from an earlier trainer
             self._json("POST", "/wake_up")
         self._check_vocabulary()
-        length = config["model_config"]["max_model_len"]
-        return EngineInfo(f"vllm {version}", self.vocab, length, self.settings.masks)
+        return self.vocab
 
     def _wait(self) -> None:
         """Until the server is well."""

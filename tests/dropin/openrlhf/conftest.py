@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-HERE = Path(__file__).parent
-HAS_IT = importlib.util.find_spec("openrlhf") is not None
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not HAS_IT:
-        skip = pytest.mark.skip(reason="needs openrlhf: make test-dropin")
-        for item in items:
-            if HERE in item.path.parents:
-                item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")
@@ -35,10 +22,10 @@ def openrlhf() -> Any:
 
 @pytest.fixture
 def patched(openrlhf: Any) -> Iterator[Any]:
-    from revisual_fast.integrations.openrlhf import _told, patch_openrlhf
-    from revisual_fast.integrations.seams import unpatch
+    from revisual_fast.integrations.openrlhf import patch_openrlhf
+    from revisual_fast.integrations.seams import _SAID, unpatch
 
-    _told.clear()
+    _SAID.clear()
     patch_openrlhf()
     yield openrlhf
     unpatch("openrlhf")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import runpy
-import subprocess
-import sys
 import types
 import warnings
 from collections.abc import Iterator
@@ -17,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revisual_fast.integrations.seams import SeamError, patched, unpatch
+from revisual_fast.integrations.seams import _SAID, SeamError, patched, unpatch
+from tests.processes import run_code
 
 T, A = 9, 5
 IDS = torch.tensor([[3, 5, 6, 7, 9, 4, 3, 8, 2], [0, 0, 3, 10, 11, 12, 5, 1, 0], [0, 4, 5, 9, 30, 31, 2, 0, 0]])
@@ -74,11 +73,11 @@ def same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 @contextmanager
 def ours() -> Iterator[None]:
     """Patched inside; a warning is an error."""
-    from revisual_fast.integrations.openrlhf import _told, patch_openrlhf
+    from revisual_fast.integrations.openrlhf import patch_openrlhf
 
-    _told.clear()
+    _SAID.clear()
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", RuntimeWarning)
         patch_openrlhf()
         yield
         unpatch("openrlhf")
@@ -163,17 +162,17 @@ def test_all_tokens(openrlhf: Any, saved: dict[str, str], packing: bool) -> None
 @pytest.mark.usefixtures("patched")
 def test_their_code_where_it_has_to_be(openrlhf: Any, saved: dict[str, str]) -> None:
     actor = make(openrlhf, saved["llama"])
-    with pytest.warns(UserWarning, match="OpenRLHF's own Actor.forward runs: a caller wants the logits themselves"):
+    with pytest.warns(RuntimeWarning, match="OpenRLHF's own Actor.forward runs: a caller wants the logits themselves"):
         logits = actor(IDS, attention_mask=ATTENTION, return_output=True).logits
     assert logits.shape == (3, T, 67)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         actor(IDS, attention_mask=ATTENTION, return_output=True)  # said once
     actor.model.lm_head.weight.ds_id = 3
-    with pytest.warns(UserWarning, match="zero_stage 3"):
+    with pytest.warns(RuntimeWarning, match="zero_stage 3"):
         actor(IDS, ACTIONS, attention_mask=ATTENTION)
     adapted = make(openrlhf, saved["llama"], lora_rank=2, target_modules=["lm_head"])
-    with pytest.warns(UserWarning, match="leave adapters and quantisation off it"):
+    with pytest.warns(RuntimeWarning, match="leave adapters and quantisation off it"):
         adapted(IDS, ACTIONS, attention_mask=ATTENTION)
 
 
@@ -216,8 +215,7 @@ def test_importing_patches_nothing() -> None:
         "import revisual_fast.integrations.openrlhf\n"
         "assert Actor.forward is before"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_code(code)
 
 
 def test_a_wrapped_actor(openrlhf: Any, saved: dict[str, str]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from revisual_fast.integrations.seams import SeamError, patched, unpatch
+from revisual_fast.integrations.seams import _SAID, SeamError, patched, unpatch
+from tests.processes import run_code
 
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {},
@@ -37,10 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from revisual_fast.integrations.swift import _told
-
     monkeypatch.setattr("swift.trainers.mixin.check_local_model_is_latest", lambda *_, **__: None)  # asks a server
-    _told.clear()
+    _SAID.clear()
     yield
     unpatch("swift")
 
@@ -85,7 +82,7 @@ def test_their_code_where_it_has_to_be() -> None:
     ids = torch.tensor([[3, 5, 6, 7, 9]])
     batch = SimpleNamespace(logits_to_keep=3, seq_lengths=None, completion_mask=torch.ones(1, 3, dtype=torch.bool))
     single = GRPOTrainer._get_per_token_logps_and_entropies_single
-    with pytest.warns(UserWarning, match="sequence_parallel_size > 1"):
+    with pytest.warns(RuntimeWarning, match="sequence_parallel_size > 1"):
         assert single(trainer, model, {"input_ids": ids}, batch) == ("sp", None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -93,7 +90,7 @@ def test_their_code_where_it_has_to_be() -> None:
     trainer.template.sequence_parallel_size = 1
     fused, _ = single(trainer, model, {"input_ids": ids}, batch)
     model.lm_head.weight.ds_id = 1
-    with pytest.warns(UserWarning, match="zero3"):
+    with pytest.warns(RuntimeWarning, match="zero3"):
         theirs, _ = single(trainer, model, {"input_ids": ids}, batch)
     torch.testing.assert_close(fused, theirs)
 
@@ -127,5 +124,4 @@ def test_importing_patches_nothing() -> None:
         "import revisual_fast.integrations.swift\n"
         "assert getattr(T, name) is before"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_code(code)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from revisual_fast.integrations.trl import patch_trl
 from revisual_fast.integrations.trl.kernel import STATISTICS, FusedLogProb
 from tests.dropin.trl.runs import tokenizer
 from tests.models import build, tiny_config
+from tests.processes import run_code
 
 OWN = utils._ChunkedLogProbFunction
 NAMES = ("logprobs", "entropy", *STATISTICS)
@@ -133,7 +132,7 @@ def test_importing_patches_nothing():
     code = "import trl.trainer.utils as u; own = u._ChunkedLogProbFunction\n"
     code += "import revisual_fast, revisual_fast.integrations, revisual_fast.integrations.trl\n"
     code += "assert u._ChunkedLogProbFunction is own"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+    run_code(code)
 
 
 def history(name: str, folder: Path) -> list[dict[str, float]]:

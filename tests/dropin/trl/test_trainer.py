@@ -259,7 +259,7 @@ def test_what_cannot_be_packed_is_trls_and_said_once(tmp_path):
     config = MistralConfig(**{**tiny_config("qwen2").to_dict(), "model_type": "mistral", "sliding_window": 4096})
     rollouts = Rollouts()
     stock = train(GRPOTrainer, tmp_path / "a", rollouts, images=False, config=config)
-    with pytest.warns(UserWarning, match="FastGRPOTrainer leaves this to TRL: model_type 'mi") as said:
+    with pytest.warns(RuntimeWarning, match="FastGRPOTrainer leaves this to TRL: model_type 'mi") as said:
         fast = train(FastGRPOTrainer, tmp_path / "b", rollouts, images=False, config=config)
     assert len([w for w in said if "leaves this to TRL" in str(w.message)]) == 1
     assert all(torch.equal(fast.weights[n], w) for n, w in stock.weights.items())

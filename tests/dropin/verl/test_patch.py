@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +18,8 @@ from revisual_fast.integrations import SeamError, seams
 from revisual_fast.integrations.verl.engine import SharedPromptEngine
 from revisual_fast.integrations.verl.head import linear_cross_entropy
 from revisual_fast.integrations.verl.loss import POLICY_LOSSES
+from tests.processes import run_code
 
-ROOT = Path(__file__).parents[3]
 OURS = {
     "losses": sorted(POLICY_LOSSES),
     "head": linear_cross_entropy,
@@ -127,6 +123,4 @@ assert "revisual_fast" in losses
 )
 def test_verl_imports_it_where_it_is_asked_to(code, variables):
     """And nothing else does: importing this package alone changes nothing."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_code(code, **variables)

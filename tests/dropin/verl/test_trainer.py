@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +17,8 @@ from verl.utils.seqlen_balancing import calculate_workload
 import revisual_fast.integrations.verl as integration
 from revisual_fast.integrations import SeamError
 from revisual_fast.integrations.verl import trainer
+from tests.processes import run_code
 
-ROOT = Path(__file__).parents[3]
 HALVES = (slice(0, 12), slice(12, 24))
 
 
@@ -101,7 +97,4 @@ def test_verl_imports_it_where_the_environment_says_so():
         "import verl\nfrom verl.trainer.ppo.v1.trainer_base import PPOTrainer as t\nprint(t._balance_batch.__module__)"
     )
     module = "revisual_fast.integrations.verl.trainer"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VERL_USE_EXTERNAL_MODULES": module}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith(module)
+    assert run_code(code, VERL_USE_EXTERNAL_MODULES=module).strip().endswith(module)
