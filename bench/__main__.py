@@ -17,7 +17,6 @@ from bench.checks import failures, said
 from bench.harness import Case, DeviceLost, append, measure, release_or_lost, stamp
 from bench.problems import DTYPES, OPS, ROUNDS, STEP_ROUNDS, cases, reserve, rounds, within
 
-RESULTS = machine.ROOT / "bench" / "results"
 BUDGET = {"cpu": None, "gpu": 460.0}  # seconds
 WARMUP = {"cpu": 0, "gpu": 3}
 
@@ -87,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     names = sorted({name for dtypes in DTYPES.values() for name in dtypes})
     parser.add_argument("--dtype", action="append", default=[], choices=names, help="may be repeated")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
+    parser.add_argument("--out", type=Path, default=machine.RESULTS, metavar="DIR", help="default: bench/results")
     counts = f"default {ROUNDS['cpu']} (CPU), {ROUNDS['gpu']} (GPU), {STEP_ROUNDS} for training steps"
     parser.add_argument("--rounds", type=int, metavar="n", help=f"timed calls a variant; {counts}")
     seconds = "time for the whole run: towards its end fewer rounds, no more compiling; default 460 (GPU), none (CPU)"

@@ -74,7 +74,7 @@ def mrope_bytes(n: int, width: int, itemsize: int) -> int:
     return 4 * itemsize * n * width + 2 * 3 * INT64 * n
 
 
-def floor_seconds(flops: int, n_bytes: int, flops_per_s: float | None, bytes_per_s: float) -> float:
+def floor_seconds(flops: float, n_bytes: float, flops_per_s: float | None, bytes_per_s: float) -> float:
     """No implementation is faster: the longer of the time for the products and the time for the bytes."""
     return max(flops / flops_per_s if flops and flops_per_s else 0.0, n_bytes / bytes_per_s)
 

