@@ -232,8 +232,12 @@ class Curriculum:
         lines.append(self.room.describe())
         liger, why = self.liger
         lines.append(f"liger kernels: {'on' if liger else 'off'} ({why})")
+        if (limit := self.config.run.max_minutes) is not None:
+            lines.append(f"at most {limit:g} minutes, then the run is saved and stops")
         for name in self.config.curriculum:
             stage = self.config.stages[name]
+            if stage.max_minutes is not None:
+                lines.append(f"{name}: at most {stage.max_minutes:g} minutes")
             if isinstance(stage, GRPOConfig):
                 lines += [f"{name}: {line}" for line in build_rewards(name, stage).header()]
                 if stage.pad.mode in ("paper", "sample") and stage.pad.rho == 1:

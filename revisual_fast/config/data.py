@@ -35,6 +35,8 @@ class DatasetConfig(Section):
     replace: list[Annotated[tuple[str, str], Field(strict=False)]] = Field(default_factory=list)
     """Regular expressions and what to put for them, applied to the response."""
     verifier: Literal["math", "choice", "exact", "number"] = "math"
+    part: Literal["all", "train", "test"] = "all"
+    """For data without a split of its own. test: every tenth record (the 1st, the 11th, ...); train: the others."""
     limit: Positive | None = None
     on_bad_record: Literal["error", "skip"] = "error"
 

@@ -38,7 +38,9 @@ def test_a_stage_ends_when_its_minutes_are_over_and_the_next_one_begins(minutes,
     limits = ["--set", "stages.warm.max_minutes=2", "--set", "stages.rl.max_minutes=3.5"]
     assert train(small_run, tmp_path / "run", *limits) == 0
     assert steps(tmp_path / "run") == [("warm", 1), ("warm", 2), *(("rl", i) for i in (1, 2, 3, 4))]
-    assert "warm: ends after step 2 of 3: its 2 minutes are over" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warm: at most 2 minutes" in said
+    assert "warm: ends after step 2 of 3: its 2 minutes are over" in said
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["complete"]
     assert [(s["name"], s["steps"], s["seconds"]) for s in report["stages"]] == [
@@ -54,6 +56,7 @@ def test_a_run_stops_when_its_minutes_are_over_and_continues_exactly(minutes, sm
     run = tmp_path / "run"
     assert train(small_run, run, "--set", "run.max_minutes=4.5") == 124
     said = capsys.readouterr().out
+    assert "at most 4.5 minutes, then the run is saved and stops" in said
     assert "stopped after rl step 2: run.max_minutes (4.5) are over; saved" in said
     assert steps(run) == steps(tmp_path / "straight")[:5]
     report = json.loads((run / "report.json").read_text())

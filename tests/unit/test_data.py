@@ -170,6 +170,21 @@ def test_no_file_at_all(folder):
         load(path=str(folder / "nothing*.jsonl"))
 
 
+def test_parts_share_no_record_and_do_not_move_where_one_is_bad(folder):
+    records = [{"problem": f"{i}?", "answer": i} for i in range(22)]
+
+    def parts(*lines):
+        path = write(folder / "parts.jsonl", *lines)
+        return [
+            [int(r.prompt[:-1]) for r in load(path=path, part=part, on_bad_record="skip")] for part in ("train", "test")
+        ]
+
+    train, test = parts(*records)
+    assert test == [0, 10, 20]
+    assert sorted(train + test) == list(range(22))
+    assert parts(*records[:3], "broken", *records[4:]) == [[i for i in train if i != 3], test]
+
+
 def test_limit_counts_usable_records_and_stops_reading(folder):
     path = write(folder / "a.jsonl", "{", QUESTION, QUESTION, "{")
     bad = BadRecords()
