@@ -120,8 +120,8 @@ def _adds_to(master: nn.Parameter) -> Callable[[Tensor], None]:
 
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        # a gradient to be added is widened on the way
+        master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
         parameter.grad = None
 
     return add
