@@ -128,7 +128,9 @@ def test_a_large_image_and_little_text(checkpointing):
     if checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = policy.pack(make_groups(policy.family, [(20, [(1, 32, 32)], [30, 20])]))
-    assert estimate(policy, batch, checkpointing=checkpointing) == pytest.approx(train(policy, batch), rel=0.1)
+    pixels = sum(image.nbytes for image in batch.pixel_values)  # of one image: not copied where they already lie
+    wanted = pytest.approx(train(policy, batch) + pixels, rel=0.1)
+    assert estimate(policy, batch, checkpointing=checkpointing) == wanted
 
 
 SHAPE = ModelShape(2048, 36, 11008, 16, 2, 128, 151936, tied=True)  # Qwen2.5-VL-3B, without its images
@@ -167,6 +169,7 @@ def test_the_loss_takes_its_chunk_at_most():
 def test_a_superchunk_has_a_budget_of_its_own():
     chunk, superchunk, head = 2 << 30, 5 << 29, 151936 * 2048
     full = activation_bytes(SHAPE, dtype_bytes=2, chunk_bytes=chunk, superchunk_bytes=superchunk)
+    full = replace(full, row_work=0)  # no layer's backward pass is the peak
     free = replace(full, chunk=0, superchunk=0, head=0, head_once=0)
     for targets, wanted in (
         (1000, 151936 * 2000 + max(151936 * 4000, 2 * head)),
