@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from revisual_fast.kernels import reference
-from revisual_fast.kernels.plan import Chunk, Part, Plan, policy_pass, rows_per_chunk, statistics_dtype
+from revisual_fast.kernels.plan import Chunk, Part, Plan, Sink, policy_pass, rows_per_chunk, statistics_dtype
 from revisual_fast.kernels.reference import Transform
 from revisual_fast.kernels.rows import KernelChunk, RawRows, row_kernels, solve
 
@@ -30,16 +30,17 @@ class Logits:
         self.stats = statistics_dtype(logits.dtype)
         chunk = rows_per_chunk(logits.shape[1], logits.dtype, logits.device)
         self.size = chunk if self.kernels is None else max(self.n_rows, 1)
+        self.superchunk = 0
 
-    def chunk(self, rows: slice | Tensor) -> Chunk:
+    def chunk(self, rows: slice | Tensor, sink: Sink | None = None) -> Chunk:
         if self.kernels is None:
             return self._copied(rows)
-        return KernelChunk(self.kernels, self._raw(rows), self._out(rows))
+        return KernelChunk(self.kernels, self._raw(rows), self.place(rows))
 
-    def solve(self, plan: Plan, part: Part) -> tuple[Chunk, Tensor, Tensor, Tensor | None]:
+    def solve(self, plan: Plan, part: Part, sink: Sink) -> tuple[Chunk, Tensor, Tensor, Tensor | None]:
         if self.kernels is None:
             return reference.solve(self._copied(part.rows), plan, part)
-        return solve(self.kernels, self._raw(part.rows), plan, part, self._out(part.rows))
+        return solve(self.kernels, self._raw(part.rows), plan, part, self.place(part.rows))
 
     def _copied(self, rows: slice | Tensor) -> reference.TorchChunk:
         z = self.logits[rows].to(self.stats, copy=True)
@@ -48,8 +49,12 @@ class Logits:
     def _raw(self, rows: slice | Tensor) -> RawRows:
         return RawRows(self.logits[rows], self.targets[rows], self.transform.rows(rows))
 
-    def _out(self, rows: slice | Tensor) -> Tensor | None:
+    def place(self, rows: slice | Tensor) -> Tensor | None:
+        """See :class:`plan.Sink`."""
         return None if self.gradient is None else self.gradient[rows]
+
+    def finish(self) -> None:
+        """See :class:`plan.Sink`: everything is written."""
 
     def add(self, rows: slice | Tensor, chunk: Chunk, c: Tensor, e: Tensor | None, index: Tensor | None) -> None:
         assert self.gradient is not None

@@ -15,16 +15,25 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from revisual_fast.ranges import span
-
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
-"""Size by device type of a chunk's logits and their gradient; on CUDA two chunks are alive at a time."""
+"""Size by device type of a chunk's fp32 logits; without superchunks, of their narrower gradient as well."""
+
+SUPERCHUNK_BYTES = {"cuda": 5 << 29}
+"""Size by device type of the gradient, in hidden's dtype, that chunks leave behind and that is multiplied at once.
+
+8,192 rows of 152,064 logits take 2.49 GB in bf16, so that dX and dW are one product each: with four, every sum of dW
+but the first would read and write 8 V D bytes again, and dX of 2,048 rows would fill 132 multiprocessors 1.7 times
+instead of 6.8. A device that is not named multiplies chunk by chunk: on a CPU the gradient is still in the cache.
+"""
 
 SAVED_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 """Up to this size ``linear_logprob`` keeps the logits for its backward pass; beyond it they are computed again."""
 
 WORTH_SKIPPING = 0.05
 """Share of rows without gradient from which on gathering the others costs less than multiplying all."""
+
+TILE = 128
+"""Rows of a GEMM's tile: chunks are a multiple of it long where they may be."""
 
 SURROGATES = {name: number for number, name in enumerate(("clip", "cispo", "sapo", "reinforce", "sft"))}
 KL_FORMS = {None: 0, "k1": 1, "k2": 2, "k3": 3}
@@ -81,10 +90,10 @@ class Plan:
     inline: Inline | None = None  # the objective, for a backend that has it in its kernel
     skip: bool = True  # rows with c = e = 0 leave before the gradient GEMMs
 
-    def parts(self, n_rows: int, size: int) -> list[Part]:
+    def parts(self, n_rows: int, size: int, superchunk: int = 0) -> list[Part]:
         """Consecutive parts that cover ``n_rows``, of at most ``size`` rows wherever the scope allows it."""
         if self.scope == "row":
-            return [Part(rows) for rows in slices(n_rows, size)]
+            return [Part(rows) for rows in chunks(n_rows, size, superchunk)]
         if self.scope == "batch" or self.boundaries is None or n_rows <= size:
             return [Part(slice(0, n_rows))]
         return list(_whole_sequences(self.boundaries, size))
@@ -100,9 +109,19 @@ def _whole_sequences(cu_seqlens: Sequence[int], size: int) -> list[Part]:
 
 
 def slices(n_rows: int, size: int) -> list[slice]:
-    """Slices of nearly equal length, at most ``size`` each, that cover ``n_rows``."""
-    step = math.ceil(n_rows / max(1, math.ceil(n_rows / max(1, size))))
+    """Slices of nearly equal length, at most ``size``, that cover ``n_rows``; whole tiles where ``size`` allows it."""
+    even = math.ceil(n_rows / max(1, math.ceil(n_rows / max(1, size))))
+    tiles = math.ceil(even / TILE) * TILE
+    step = tiles if tiles <= size else even
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, max(1, step))]
+
+
+def chunks(n_rows: int, size: int, superchunk: int = 0) -> list[slice]:
+    """Slices of at most ``size`` rows, none of which crosses the bounds of a superchunk (0: there are none)."""
+    if superchunk == 0:
+        return slices(n_rows, size)
+    whole = [(rows.start, slices(rows.stop - rows.start, size)) for rows in slices(n_rows, superchunk)]
+    return [slice(start + rows.start, start + rows.stop) for start, inside in whole for rows in inside]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -121,10 +140,17 @@ def worth_skipping(n_active: int, n_rows: int) -> bool:
 
 
 def rows_per_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows that fit in ``CHUNK_BYTES``, at least one: fp32 or fp64 logits, and a gradient of a narrower ``dtype``."""
+    """Rows that fit in ``CHUNK_BYTES``, at least one: fp32 or fp64 logits, and a gradient of a narrower ``dtype`` that
+    has no budget of its own."""
     stats = statistics_dtype(dtype)
-    bytes_a_row = vocab * (stats.itemsize + (0 if dtype == stats else dtype.itemsize))
-    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // bytes_a_row)
+    gradient = 0 if dtype == stats or device.type in SUPERCHUNK_BYTES else dtype.itemsize
+    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (vocab * (stats.itemsize + gradient)))
+
+
+def rows_per_superchunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows whose gradient of ``dtype`` fits in ``SUPERCHUNK_BYTES``, at least one; 0 if the device has none."""
+    budget = SUPERCHUNK_BYTES.get(device.type)
+    return 0 if budget is None else max(1, budget // (vocab * dtype.itemsize))
 
 
 class Chunk(Protocol):
@@ -137,74 +163,40 @@ class Chunk(Protocol):
         """dL/d(raw logits) ``[k, V]`` of the rows ``index`` (None: all). May be asked for once."""
 
 
-class Source(Protocol):
-    """Where the rows' logits come from."""
-
-    n_rows: int
-    size: int  # rows of a chunk
-    stats: torch.dtype  # of logp and entropy
-    device: torch.device
-
-    def chunk(self, rows: slice | Tensor) -> Chunk: ...
-    def solve(self, plan: Plan, part: Part) -> tuple[Chunk, Tensor, Tensor, Tensor | None]: ...  # chunk, loss, c, e
-
-
 class Sink(Protocol):
     """Where the gradient of the rows' logits goes."""
 
+    def place(self, rows: slice | Tensor) -> Tensor | None:
+        """``[n, V]`` for the gradient of these rows, the next in order; None: wherever the chunk likes."""
+
     def add(self, rows: slice | Tensor, chunk: Chunk, c: Tensor, e: Tensor | None, index: Tensor | None) -> None:
-        """``rows`` are the chunk's; ``index`` says which of them have a gradient (None: all)."""
+        """``rows`` are the chunk's; ``index`` says which of them have a gradient (None: all, or a superchunk knows)."""
+
+    def finish(self) -> None:
+        """Every row has been added."""
 
 
-class Pending(NamedTuple):
-    rows: slice | Tensor
-    chunk: Chunk
-    c: Tensor
-    e: Tensor | None
-    active: Tensor  # [n] bool
-    n_active: Tensor  # on the host, valid after ``ready``
-    ready: torch.cuda.Event
+class Source(Protocol):
+    """Where the rows' logits come from. A chunk whose gradient will be asked for is told the ``sink``."""
+
+    n_rows: int
+    size: int  # rows of a chunk
+    superchunk: int  # rows that are multiplied at once; 0: chunk by chunk
+    stats: torch.dtype  # of logp and entropy
+    device: torch.device
+
+    def chunk(self, rows: slice | Tensor, sink: Sink | None = None) -> Chunk: ...
+    def solve(
+        self, plan: Plan, part: Part, sink: Sink
+    ) -> tuple[Chunk, Tensor, Tensor, Tensor | None]: ...  # chunk, loss, c, e
 
 
-class Outlet:
-    """Passes chunks on to the sink, without the rows whose gradient is 0 where that pays.
-
-    On CUDA one chunk late: the host reads how many rows remain while the device is busy with the next chunk, so that
-    the device never waits for the host.
-    """
-
-    def __init__(self, sink: Sink, skip: bool) -> None:
-        self.sink, self.skip, self.pending = sink, skip, None  # type: Sink, bool, Pending | None
-
-    def put(self, rows: slice | Tensor, chunk: Chunk, c: Tensor, e: Tensor | None) -> None:
-        if not self.skip:
-            return self.sink.add(rows, chunk, c, e, None)
-        active = active_rows(c, e)
-        if active.is_cuda:
-            count = torch.empty((), dtype=torch.int64, pin_memory=True)
-            count.copy_(active.sum(), non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-            self.flush()
-            self.pending = Pending(rows, chunk, c, e, active, count, ready)
-        else:
-            self._add(rows, chunk, c, e, active, int(active.sum()))
-        return None
-
-    def flush(self) -> None:
-        """Send what is still held back."""
-        if self.pending is not None:
-            rows, chunk, c, e, active, count, ready = self.pending
-            self.pending = None
-            with span("wait for the count of rows"):
-                ready.synchronize()
-            self._add(rows, chunk, c, e, active, int(count))
-
-    def _add(self, rows: slice | Tensor, chunk: Chunk, c: Tensor, e: Tensor | None, active: Tensor, count: int) -> None:
-        if count == 0:
-            return
-        skip = worth_skipping(count, len(active))
-        self.sink.add(rows, chunk, c, e, torch.nonzero_static(active, size=count)[:, 0] if skip else None)
+def add_active(sink: Sink, rows: slice, chunk: Chunk, c: Tensor, e: Tensor | None) -> None:
+    """Pass a chunk on to the sink, without the rows whose gradient is 0 where that pays. The host looks at the rows."""
+    active = active_rows(c, e)
+    count = int(active.sum())
+    if count:
+        sink.add(rows, chunk, c, e, active.nonzero()[:, 0] if worth_skipping(count, len(active)) else None)
 
 
 def statistics(source: Source, rows: slice) -> tuple[Tensor, Tensor]:
@@ -220,19 +212,17 @@ def statistics(source: Source, rows: slice) -> tuple[Tensor, Tensor]:
 def backward(source: Source, sink: Sink, rows: slice, c: Tensor, e: Tensor | None, skip: bool) -> None:
     """Gradients of ``rows`` for known ``c [n]`` and ``e [n]``; their logits are asked for again.
 
-    On the host, k rows that count cost 6 k D V; on CUDA, where k is known too late for the first GEMM,
+    k rows that count cost 6 k D V; with superchunks, on CUDA, where k is known too late for the first GEMM,
     2 n D V + 4 k D V.
     """
     index = None
-    if skip and not c.is_cuda:
+    if skip and not source.superchunk:
         index = active_rows(c, e).nonzero()[:, 0]
         index = index if worth_skipping(len(index), len(c)) else None
-    outlet = Outlet(sink, skip and c.is_cuda)
-    for at in slices(len(c) if index is None else len(index), source.size):
+    for at in chunks(len(c) if index is None else len(index), source.size, source.superchunk):
         chosen = at if index is None else index[at]
         where = slice(rows.start + at.start, rows.start + at.stop) if index is None else chosen + rows.start
-        outlet.put(where, source.chunk(where), c[chosen], None if e is None else e[chosen])
-    outlet.flush()
+        sink.add(where, source.chunk(where, sink), c[chosen], None if e is None else e[chosen], None)
 
 
 def policy_pass(source: Source, sink: Sink | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,16 +233,25 @@ def policy_pass(source: Source, sink: Sink | None, plan: Plan) -> tuple[Tensor, 
         return plan.gradients(logp, entropy, Part(everything))[0], logp, entropy
     logp = torch.empty(source.n_rows, dtype=source.stats, device=source.device)
     entropy, total = torch.empty_like(logp), logp.new_zeros(())
-    outlet = Outlet(sink, plan.skip)
-    for part in plan.parts(source.n_rows, source.size):
-        if part.length <= source.size:
-            chunk, loss, c, e = source.solve(plan, part)
-            logp[part.rows], entropy[part.rows] = chunk.logp, chunk.entropy
-            outlet.put(part.rows, chunk, c, e)
-        else:
-            logp[part.rows], entropy[part.rows] = statistics(source, part.rows)
-            loss, c, e = plan.gradients(logp[part.rows], entropy[part.rows], part)
-            backward(source, sink, part.rows, c, e, plan.skip)
-        total = total + loss
-    outlet.flush()
+    for part in plan.parts(source.n_rows, source.size, source.superchunk):
+        total = total + _part(source, sink, plan, part, logp[part.rows], entropy[part.rows])
+    sink.finish()
     return total, logp, entropy
+
+
+def _part(source: Source, sink: Sink, plan: Plan, part: Part, logp: Tensor, entropy: Tensor) -> Tensor:
+    """The loss of a part; its gradients go to ``sink``. Writes ``logp`` and ``entropy``."""
+    if part.length <= source.size:
+        chunk, loss, c, e = source.solve(plan, part, sink)
+        logp.copy_(chunk.logp)
+        entropy.copy_(chunk.entropy)
+        if plan.skip and not source.superchunk:
+            add_active(sink, part.rows, chunk, c, e)
+        else:
+            sink.add(part.rows, chunk, c, e, None)
+        return loss
+    for whole, found in zip((logp, entropy), statistics(source, part.rows), strict=True):
+        whole.copy_(found)
+    loss, c, e = plan.gradients(logp, entropy, part)
+    backward(source, sink, part.rows, c, e, plan.skip)
+    return loss

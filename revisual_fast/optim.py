@@ -172,8 +172,8 @@ def _adds_to(held: nn.Parameter | _Sum) -> Callable[[Tensor], None]:
 
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        gradient = parameter.grad.float()
-        held.grad = gradient if held.grad is None else held.grad.add_(gradient)
+        # a gradient to be added is widened on the way
+        held.grad = parameter.grad.float() if held.grad is None else held.grad.add_(parameter.grad)
         parameter.grad = None
 
     return add

@@ -11,11 +11,22 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["Group", "Layout", "PackedBatch", "Prompt", "Segments"]
+__all__ = ["Group", "Layout", "PackedBatch", "Prompt", "Segments", "to_device"]
 
 Layout = Literal["shared", "varlen", "padded"]
 ON_HOST = ("cu_seqlens", "grids")
 """What :meth:`PackedBatch.to` leaves where it is."""
+
+
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """``tensor`` on ``device``, of ``dtype`` if given.
+
+    To CUDA through pinned memory, so that the host does not wait for what is queued there; the host changes the dtype.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device, dtype)
+    pinned = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor).to(device, non_blocking=True)
 
 
 def check_layout(layout: str) -> None:
@@ -118,5 +129,5 @@ class PackedBatch:
         """Everything but what the host needs: whole sequences go into chunks of the loss, grids become indices, and
         pixels are only moved where the vision tower has to see them."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k not in ON_HOST}
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
+        moved: dict[str, Any] = {k: to_device(v, device) for k, v in tensors.items()}
         return replace(self, **moved)

@@ -29,7 +29,8 @@ key and value with the projection they were cut from ``5 b D``, output ``b D``, 
 tensors (4 if gated, 3 for quick GELU, otherwise 2); once: the pixels, cos and sin in fp32, the mergers' norm and both
 sides of their GELU. A frozen tower keeps nothing.
 
-On top comes the larger of: the loss (a chunk of logits, the gradients of its rows and, in fp32, of the head's weight)
+On top comes the larger of: the loss (a chunk of logits, the gradient of its logits or, on CUDA, of a superchunk's, and
+the gradient of the head's weight: in fp32 where it is a sum of several products, in the weight's dtype where it is one)
 and the backward pass of one layer (the gradients of the product's factors and of the residual stream). A pass ends with
 the gradient of the embedding, for which the vision tower's tensors have to wait. Weights, their gradients and optimizer
 states are not in it, nor are masks, index tensors and what kernels allocate for themselves.
@@ -58,9 +59,12 @@ class Activations:
     key_work: int
     patch_work: int
     per_target: int  # while the loss runs, without its logits
-    logits: int  # of a row
+    logits: int  # of a row, without superchunks with their gradient
     chunk: int  # bytes of the loss's logits, at most
-    head: int  # while the loss runs: the gradient of the head's weight
+    gradient: int  # of a row's logits
+    superchunk: int  # bytes of that gradient, at most; 0: it is counted in ``logits``
+    head: int  # while the loss runs: the gradient of the head's weight, if it is a sum
+    head_once: int  # if it is one product
     embedding: int  # at the end of the backward pass: the gradient of the embedding
 
     def peak(
@@ -74,9 +78,18 @@ class Activations:
         queries, keys = rows if queries is None else queries, rows if keys is None else keys
         vision = patches * self.per_patch
         kept = vision + rows * self.per_row + queries * self.per_query + keys * self.per_key
-        loss = targets * self.per_target + self.head + min(self.chunk, targets * self.logits)
+        loss = targets * self.per_target + self._head_and_logits(targets)
         layer = rows * self.row_work + queries * self.query_work + keys * self.key_work
         return max(kept + max(loss, layer), vision + max(self.embedding, patches * self.patch_work))
+
+    def _head_and_logits(self, targets: int) -> int:
+        logits, gradient = min(self.chunk, targets * self.logits), min(self.superchunk, targets * self.gradient)
+        once = targets * self.gradient <= self.superchunk if self.superchunk else targets * self.logits <= self.chunk
+        if not once:
+            return logits + gradient + self.head
+        if self.superchunk:  # the logits are gone by then
+            return gradient + max(logits, self.head_once)
+        return logits + self.head_once
 
     @property
     def per_token(self) -> int:
@@ -104,7 +117,8 @@ def activation_bytes(
     lora_rank: int | None = None,  # of fp32 adapters on the seven projections of every layer, all else frozen
     head_trained: bool = True,
     vision_trained: bool = True,
-    chunk_bytes: int = 0,  # the budget of the loss's logits and their gradient
+    chunk_bytes: int = 0,  # the budget of the loss's logits; without superchunks, of their gradient as well
+    superchunk_bytes: int = 0,  # the budget of the gradient of the loss's logits
 ) -> Activations:
     """What the activations of a model of ``shape`` take in a training pass over packed rows.
 
@@ -131,9 +145,12 @@ def activation_bytes(
         key_work=key if checkpointing else 0,
         patch_work=patch_work,
         per_target=2 * b * hidden,
-        logits=shape.vocab * (4 + half),
+        logits=shape.vocab * ((4 if half else 0) if superchunk_bytes else 4 + half),  # fp32: one in the other's place
         chunk=chunk_bytes,
+        gradient=shape.vocab * b,
+        superchunk=superchunk_bytes,
         head=4 * shape.vocab * hidden if head_trained else 0,
+        head_once=b * shape.vocab * hidden if head_trained else 0,
         embedding=(4 + half) * shape.vocab * hidden if lora_rank is None else 0,
     )
 

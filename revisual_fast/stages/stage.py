@@ -19,7 +19,7 @@ from revisual_fast.data.processor import Example, Processor
 from revisual_fast.data.records import PROMPT_TOO_LONG, RESPONSE_TOO_LONG, BadRecords, Record
 from revisual_fast.data.sampler import Sampler
 from revisual_fast.distributed import world
-from revisual_fast.kernels.plan import CHUNK_BYTES
+from revisual_fast.kernels.plan import CHUNK_BYTES, SUPERCHUNK_BYTES
 from revisual_fast.optim import Optimizer, lr_factor
 from revisual_fast.packing import Activations, CostModel, Group, MicroBatch, activation_bytes, plan_micro_batches
 from revisual_fast.policy.attention import repeats_heads
@@ -120,7 +120,8 @@ class Stage:
             attention=policy.attention,
             heads_repeated=repeats_heads(policy.attention, policy.device),
             lora_rank=None if model.lora is None else model.lora.rank,
-            chunk_bytes=CHUNK_BYTES[policy.device.type] * (2 if policy.device.type == "cuda" else 1),  # two are alive
+            chunk_bytes=CHUNK_BYTES[policy.device.type],
+            superchunk_bytes=SUPERCHUNK_BYTES.get(policy.device.type, 0),
             **trained,
         )
         cached = not policy.vision_trained and model.vision_cache_mib > 0  # the rollout has encoded the images

@@ -22,7 +22,7 @@ from revisual_fast.data.processor import Example
 from revisual_fast.distributed import World, world
 from revisual_fast.losses import PolicyObjective, TokenBatch, aggregation_weights
 from revisual_fast.ops import linear_logprob, linear_policy_loss
-from revisual_fast.packing import Group, PackedBatch
+from revisual_fast.packing import Group, PackedBatch, to_device
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import span
 from revisual_fast.rollout.engine import Rollout
@@ -117,22 +117,23 @@ class PolicyStage(Stage):
         loss = torch.zeros((), device=self.policy.device)
         meters = _Meters()
         for members, batch in self._micro_batches(sequences, self.policy):
+            tokens, masks = self._tokens(members, batch), self._masks(members, batch)  # copied before the forward pass
             out = linear_policy_loss(
                 self.policy.hidden(batch),
                 self.policy.head_weight,
                 batch.targets,
-                self._tokens(members, batch),
+                tokens,
                 objective,
                 bias=self.policy.head_bias,
                 temperature=self.grpo.sampling.temperature,
-                sampling_mask=self._masks(members, batch),
+                sampling_mask=masks,
             )
             with span("backward"):
                 out.loss.backward()
             loss += out.loss.detach()
             if first:
-                sampled = torch.cat([s.rollout.logp for s in members])
-                self.differences.append(out.logp - sampled.to(out.logp.device, non_blocking=True))
+                assert tokens.rollout_logp is not None
+                self.differences.append(out.logp - tokens.rollout_logp)
             meters.add(out.metrics, len(batch.targets))
         value = float(world().sum(loss))
         metrics = {"loss": value, **meters.read(world()), "policy/entropy_coef": coefficient}
@@ -153,17 +154,17 @@ class PolicyStage(Stage):
         lengths = torch.tensor([len(s.rollout.ids) for s in members])
 
         def per_token(values: list[float]) -> Tensor:
-            return torch.tensor(values).repeat_interleave(lengths).to(device)
+            return to_device(torch.tensor(values).repeat_interleave(lengths), device)
 
         def joined(name: str) -> Tensor | None:
             parts = [getattr(s, name) for s in members]
-            return None if any(p is None for p in parts) else torch.cat(parts).to(device)
+            return None if any(p is None for p in parts) else to_device(torch.cat(parts), device)
 
         return TokenBatch(
             advantages=per_token([s.advantage for s in members]),
             old_logp=joined("old_logp"),
             ref_logp=joined("ref_logp"),
-            rollout_logp=torch.cat([s.rollout.logp for s in members]).to(device),
+            rollout_logp=to_device(torch.cat([s.rollout.logp for s in members]), device),
             cu_seqlens=batch.cu_seqlens,
             weight=per_token([s.weight for s in members]),
         )
@@ -177,7 +178,7 @@ class PolicyStage(Stage):
         counts = torch.cat([mask[0].diff() for mask in masks if mask is not None])
         indptr = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
         indices = torch.cat([mask[1] for mask in masks if mask is not None])
-        return indptr.to(batch.targets.device), indices.to(batch.targets.device)
+        return to_device(indptr, batch.targets.device), to_device(indices, batch.targets.device)
 
     @torch.no_grad()
     def _fill_logp(self, sequences: list[Sequence], policy: Policy, field: str) -> None:

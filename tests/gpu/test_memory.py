@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from revisual_fast import PolicyObjective, TokenBatch, linear_policy_loss
-from revisual_fast.kernels.plan import CHUNK_BYTES
+from revisual_fast.kernels.plan import CHUNK_BYTES, SUPERCHUNK_BYTES
 from revisual_fast.packing.memory import activation_bytes
 from revisual_fast.policy.model import Policy
 from tests.groups import make_groups
@@ -58,7 +58,8 @@ def test_the_estimate_is_what_a_training_pass_takes(backend, images, checkpointi
         checkpointing=checkpointing,
         attention=backend,
         vision_trained=policy.vision_trained,
-        chunk_bytes=2 * CHUNK_BYTES["cuda"],
+        chunk_bytes=CHUNK_BYTES["cuda"],
+        superchunk_bytes=SUPERCHUNK_BYTES["cuda"],
     )
     keys = sum(batch.segments.keys) if backend == "varlen" else None
     patches = int(batch.grids.prod(1).sum())

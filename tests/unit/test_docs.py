@@ -43,7 +43,7 @@ def run(text: str, names: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    for name in ("CHUNK_BYTES", "SAVED_BYTES"):  # the page sets them
+    for name in ("CHUNK_BYTES", "SUPERCHUNK_BYTES", "SAVED_BYTES"):  # the page sets them
         monkeypatch.setattr(plan, name, dict(getattr(plan, name)))
     return run(FUSED, {})
 

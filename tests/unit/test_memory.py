@@ -128,7 +128,9 @@ def test_a_large_image_and_little_text(checkpointing):
     if checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = policy.pack(make_groups(policy.family, [(20, [(1, 32, 32)], [30, 20])]))
-    assert estimate(policy, batch, checkpointing=checkpointing) == pytest.approx(train(policy, batch), rel=0.1)
+    pixels = sum(image.nbytes for image in batch.pixel_values)  # of one image: not copied where they already lie
+    wanted = pytest.approx(train(policy, batch) + pixels, rel=0.1)
+    assert estimate(policy, batch, checkpointing=checkpointing) == wanted
 
 
 SHAPE = ModelShape(2048, 36, 11008, 16, 2, 128, 151936, tied=True)  # Qwen2.5-VL-3B, without its images
@@ -158,10 +160,25 @@ def test_the_loss_takes_its_chunk_at_most():
     budget = 64 << 20
     full = activation_bytes(SHAPE, dtype_bytes=2, chunk_bytes=budget)
     free = replace(full, chunk=0)
-    few, many = 10, 1000
-    assert full.peak(2000, few) - free.peak(2000, few) == few * 151936 * (4 + 2), "fp32 logits and bf16 gradients"
+    few, many, head = 10, 1000, 151936 * 2048
+    assert full.peak(2000, few) - free.peak(2000, few) == few * 151936 * (4 + 2) - 2 * head, "one product: dW in bf16"
     assert full.peak(2000, many) - free.peak(2000, many) == budget
-    assert free.head == 4 * 151936 * 2048, "the gradient of the weight in fp32"
+    assert free.head == 4 * head, "the gradient of the weight in fp32"
+
+
+def test_a_superchunk_has_a_budget_of_its_own():
+    chunk, superchunk, head = 2 << 30, 5 << 29, 151936 * 2048
+    full = activation_bytes(SHAPE, dtype_bytes=2, chunk_bytes=chunk, superchunk_bytes=superchunk)
+    full = replace(full, row_work=0)  # no layer's backward pass is the peak
+    free = replace(full, chunk=0, superchunk=0, head=0, head_once=0)
+    for targets, wanted in (
+        (1000, 151936 * 2000 + max(151936 * 4000, 2 * head)),
+        (8192, 151936 * 2 * 8192 + chunk),  # one product, for which the logits make room
+        (10_000, superchunk + chunk + 4 * head),
+    ):
+        assert full.peak(2000, targets) - free.peak(2000, targets) == wanted
+    wide = activation_bytes(SHAPE, dtype_bytes=4, chunk_bytes=chunk, superchunk_bytes=superchunk)
+    assert wide.logits == 0, "they become the gradient"
 
 
 def test_the_line_for_a_run():
