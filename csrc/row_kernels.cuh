@@ -77,20 +77,29 @@ struct Loss {  // the objective, its vectors and what it writes: [n] each
     }
 };
 
-__device__ inline RowSum warp_sum(RowSum s) {
+// The sum over each LANES neighbouring lanes of a warp, in all of them: the largest exponent first, so that every lane
+// scales its sums once.
+template <int LANES = WARP>
+__device__ RowSum warp_sum(RowSum s) {
+    float top = s.top;
 #pragma unroll
-    for (int offset = WARP / 2; offset > 0; offset /= 2) {
-        s.merge({__shfl_xor_sync(~0u, s.top, offset), __shfl_xor_sync(~0u, s.sum, offset),
-                 __shfl_xor_sync(~0u, s.weighted, offset)});
+    for (int offset = LANES / 2; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
+    s.raise(top);
+#pragma unroll
+    for (int offset = LANES / 2; offset > 0; offset /= 2) {
+        s.sum += __shfl_xor_sync(~0u, s.sum, offset);
+        s.weighted += __shfl_xor_sync(~0u, s.weighted, offset);
     }
     return s;
 }
 
-// The sum over `count` partial sums (top, sum, weighted), in every thread.
-__device__ inline RowSum sum_of(const float4* partial, int count) {
+// The sum over `count` partial sums (top, sum, weighted), at most MOST, in every lane of a warp.
+template <int MOST>
+__device__ RowSum sum_of(const float4* partial, int count) {
+    const int lane = threadIdx.x % MOST;
     RowSum s = RowSum::none();
-    for (int i = threadIdx.x % WARP; i < count; i += WARP) s.merge({partial[i].x, partial[i].y, partial[i].z});
-    return warp_sum(s);
+    if (lane < count) s = {partial[lane].x, partial[lane].y, partial[lane].z};
+    return warp_sum<MOST>(s);
 }
 
 // Statistics of a row whose sums and raw target logit are known; nan where there is no such target.

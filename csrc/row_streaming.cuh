@@ -22,7 +22,7 @@ __device__ RowSum block_sum(const Z* row, const Span<Z>& span, const Reader<FULL
     s = warp_sum(s);
     if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = {s.top, s.sum, s.weighted, 0.0f};
     __syncthreads();
-    return sum_of(partial, blockDim.x / WARP);
+    return sum_of<MOST_WARPS>(partial, blockDim.x / WARP);
 }
 
 // The gradient of a row; zeros, without reading the row again, where it is 0.

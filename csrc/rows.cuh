@@ -149,6 +149,7 @@ HOST_DEVICE RowStatistics statistics_of(const RowSum& s, float scale, float targ
 struct RowGradient {
     float scale, top, a, b, c;
 
+    RowGradient() = default;
     HOST_DEVICE RowGradient(const RowStatistics& s, float scale, float c, float e, float temperature)
         : scale(scale), top(s.top), c(c / temperature) {
         const float share = e / temperature;
@@ -181,12 +182,11 @@ struct Span {
     HOST_DEVICE int column(int pack) const { return head + pack * VECTOR<T>; }
 };
 
-// The packs of a row that one block of a cluster takes.
+// The packs of a row that one block of a cluster takes: `each`, or what is left of them.
 struct Share {
     int first, count;
 
-    HOST_DEVICE Share(int packs, int rank, int blocks) {
-        const int each = (packs + blocks - 1) / blocks;
+    HOST_DEVICE Share(int packs, int rank, int each) {
         first = rank * each < packs ? rank * each : packs;
         count = first + each < packs ? each : packs - first;
     }
@@ -200,10 +200,10 @@ HOST_DEVICE void add_packs(RowSum& s, const Pack<T, VECTOR<T>>* packs, int count
         Pack<T, VECTOR<T>> loaded[IN_FLIGHT];
 #pragma unroll
         for (int u = 0; u < IN_FLIGHT; ++u)
-            if (base + u * threads < count) loaded[u] = load(packs + base + u * threads);
+            if (u == 0 || base + u * threads < count) loaded[u] = load(packs + base + u * threads);
 #pragma unroll
         for (int u = 0; u < IN_FLIGHT; ++u) {
-            if (base + u * threads >= count) break;
+            if (u > 0 && base + u * threads >= count) break;
             float z[VECTOR<T>];
             logits_of(loaded[u], z);
 #pragma unroll
@@ -238,44 +238,38 @@ HOST_DEVICE G gradient_of(T element, int column, int target, const RowGradient& 
     return from_float<G>(FULL ? g * slope : g);
 }
 
-// Writes a pack to any place: at once if that is aligned, else one by one.
+// Writes a pack: at once if its place is aligned, else one by one.
 template <typename G, int N>
-HOST_DEVICE void store_anywhere(G* place, const Pack<G, N>& pack) {
-    if (reinterpret_cast<uintptr_t>(place) % sizeof(pack) == 0)
-        return store(reinterpret_cast<Pack<G, N>*>(place), pack);
+HOST_DEVICE void store_pack(G* place, const Pack<G, N>& pack, bool aligned) {
+    if (aligned) return store(reinterpret_cast<Pack<G, N>*>(place), pack);
 #pragma unroll
     for (int i = 0; i < N; ++i) place[i] = pack.at[i];
 }
 
 // Thread `thread` of `threads` writes the gradient of its share of `count` packs to `out`, where that of the first
-// begins. The packs are read from the last to the first: the last ones are still in a cache.
+// begins; all of them are aligned there, or none. Read from the last to the first: the last are still in a cache.
 template <int IN_FLIGHT, typename T, typename G, bool FULL>
 HOST_DEVICE void write_packs(const Pack<T, VECTOR<T>>* packs, int count, int column, G* out, int target,
                              const RowGradient& gradient, const Reader<FULL>& read, int thread, int threads) {
-    int last = count - 1 - thread;
-    const Pack<T, VECTOR<T>>* from = packs + last;
-    G* to = out + int64_t(last) * VECTOR<T>;
-    for (column += last * VECTOR<T>; last >= 0; last -= threads * IN_FLIGHT) {
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % sizeof(Pack<G, VECTOR<T>>) == 0;
+    for (int last = count - 1 - thread; last >= 0; last -= threads * IN_FLIGHT) {
         Pack<T, VECTOR<T>> loaded[IN_FLIGHT];
 #pragma unroll
         for (int u = 0; u < IN_FLIGHT; ++u)
-            if (u * threads <= last) loaded[u] = load(from - u * threads);
+            if (u == 0 || u * threads <= last) loaded[u] = load(packs + last - u * threads);
 #pragma unroll
         for (int u = 0; u < IN_FLIGHT; ++u) {
-            if (u * threads > last) break;
-            const int back = u * threads * VECTOR<T>;
-            store_anywhere(to - back, gradient_of<T, G>(loaded[u], column - back, target, gradient, read));
+            if (u > 0 && u * threads > last) break;
+            const int at = (last - u * threads) * VECTOR<T>;
+            store_pack(out + at, gradient_of<T, G>(loaded[u], column + at, target, gradient, read), aligned);
         }
-        from -= threads * IN_FLIGHT;
-        to -= threads * IN_FLIGHT * VECTOR<T>;
-        column -= threads * IN_FLIGHT * VECTOR<T>;
     }
 }
 
 // How the cluster kernel lays a row of V elements into shared memory.
 struct ClusterPlan {
     int blocks, stages;  // blocks of a cluster; rows that a block holds at a time. blocks = 0: it does not pay, or fit
-    int packs;  // of a block's share, at most
+    int packs;  // of a block's share; the last blocks may have fewer
 
     HOST_DEVICE size_t bytes() const { return size_t(stages) * packs * 16; }
 };
@@ -294,12 +288,16 @@ HOST_DEVICE ClusterPlan smallest_cluster(int V, int element_bytes, int stages, i
 }
 
 // Two blocks on a multiprocessor, of `half` bytes each, if the row allows it: one works while the other waits for its
-// neighbours. Else one, of `whole` bytes; and one stage only where eight blocks cannot hold two.
+// neighbours, or, with one stage each, for its row. Else one, of `whole` bytes; with one stage only where eight blocks
+// cannot hold two.
 HOST_DEVICE ClusterPlan plan_cluster(int V, int element_bytes, int half, int whole) {
     if (int64_t(V) * element_bytes < SHORTEST_ROW) return {0, 0, 0};
-    const ClusterPlan two = smallest_cluster(V, element_bytes, 2, half),
-                      one = smallest_cluster(V, element_bytes, 2, whole);
-    return two.blocks > 0 ? two : one.blocks > 0 ? one : smallest_cluster(V, element_bytes, 1, whole);
+    for (const int shared : {half, whole})
+        for (const int stages : {2, 1}) {
+            const ClusterPlan plan = smallest_cluster(V, element_bytes, stages, shared);
+            if (plan.blocks > 0) return plan;
+        }
+    return {0, 0, 0};
 }
 
 }  // namespace revisual

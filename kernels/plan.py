@@ -85,6 +85,7 @@ class Plan:
     """What is minimised, as far as a backend needs to know."""
 
     gradients: Gradients
+    value: Callable[[Tensor, Tensor, Part], Tensor]  # the loss alone, forward only
     scope: str  # what a part may be: any "row"s, whole "sequence"s, only the whole "batch"
     boundaries: Sequence[int] | None = None  # cu_seqlens as host integers; without them the batch is one part
     inline: Inline | None = None  # the objective, for a backend that has it in its kernel
@@ -201,6 +202,9 @@ def add_active(sink: Sink, rows: slice, chunk: Chunk, c: Tensor, e: Tensor | Non
 
 def statistics(source: Source, rows: slice) -> tuple[Tensor, Tensor]:
     """logp and entropy of the rows, in chunks: 2 n D V for a head."""
+    if 0 < rows.stop - rows.start <= source.size:
+        chunk = source.chunk(rows)
+        return chunk.logp, chunk.entropy
     logp = torch.empty(rows.stop - rows.start, dtype=source.stats, device=source.device)
     entropy = torch.empty_like(logp)
     for at in slices(len(logp), source.size):
@@ -230,7 +234,7 @@ def policy_pass(source: Source, sink: Sink | None, plan: Plan) -> tuple[Tensor, 
     everything = slice(0, source.n_rows)
     if sink is None:
         logp, entropy = statistics(source, everything)
-        return plan.gradients(logp, entropy, Part(everything))[0], logp, entropy
+        return plan.value(logp, entropy, Part(everything)), logp, entropy
     logp = torch.empty(source.n_rows, dtype=source.stats, device=source.device)
     entropy, total = torch.empty_like(logp), logp.new_zeros(())
     for part in plan.parts(source.n_rows, source.size, source.superchunk):

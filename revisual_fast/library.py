@@ -21,8 +21,8 @@ from revisual_fast.kernels import kept as kept_rows
 from revisual_fast.kernels import linear, logits
 from revisual_fast.kernels.plan import SURROGATES, Inline, Part, Plan, statistics_dtype
 from revisual_fast.kernels.reference import Transform
-from revisual_fast.losses import Objective, PolicyObjective, TokenBatch, loss_gradients
-from revisual_fast.objective_metrics import metric_names, policy_metrics
+from revisual_fast.losses import Objective, PolicyObjective, TokenBatch, loss_gradients, loss_value
+from revisual_fast.objective_metrics import metric_names, metric_values
 from revisual_fast.ranges import ranged
 
 TOKEN_FIELDS = tuple(f.name for f in fields(TokenBatch))
@@ -83,16 +83,19 @@ def make_plan(objective: Objective, tokens: TokenBatch, rows: Tensor, skip: bool
     if scope == "sequence" and cu is not None and cu.device.type == "cpu":
         boundaries = cu.tolist()
 
-    def gradients(logp: Tensor, entropy: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
-        cut = tokens
+    def cut(part: Part) -> TokenBatch:
         if part.sequences is not None:
-            cut = tokens.sequences(part.sequences, part.rows)
-        elif scope == "row":
-            cut = tokens.rows(part.rows)
-        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
-            return loss_gradients(objective, logp, entropy, cut)  # autograd is off inside a custom op
+            return tokens.sequences(part.sequences, part.rows)
+        return tokens.rows(part.rows) if scope == "row" else tokens
 
-    return tokens, Plan(gradients, scope, boundaries, _inline(objective, tokens, scope), skip)
+    def value(logp: Tensor, entropy: Tensor, part: Part) -> Tensor:
+        return loss_value(objective, logp, entropy, cut(part))
+
+    def gradients(logp: Tensor, entropy: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+            return loss_gradients(objective, logp, entropy, cut(part))  # autograd is off inside a custom op
+
+    return tokens, Plan(gradients, value, scope, boundaries, _inline(objective, tokens, scope), skip)
 
 
 def _inline(objective: Objective, tokens: TokenBatch, scope: str) -> Inline | None:
@@ -136,10 +139,6 @@ def _pair(indptr: Tensor | None, indices: Tensor | None) -> tuple[Tensor, Tensor
 def _temperature(transform: Transform, rows: Tensor) -> Tensor:
     ones = torch.ones(rows.shape[0], dtype=statistics_dtype(rows.dtype), device=rows.device)
     return ones if transform.temperature is None else transform.temperature
-
-
-def _metrics(objective: Objective, logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
-    return torch.stack(list(policy_metrics(objective, logp, entropy, tokens).values()))
 
 
 def _like_hidden(
@@ -189,17 +188,21 @@ def linear_policy_loss(
         sampling_mask = _pair(mask_indptr, mask_indices)
         if sampling_mask is not None:
             mask, found = _replayed(hidden, weight, bias, targets, transform, sampling_mask, backend)
-            loss, c, e = plan.gradients(found.logp, found.entropy, Part(slice(0, hidden.shape[0])))
-            out = (loss, found.logp, found.entropy)
+            whole = (found.logp, found.entropy, Part(slice(0, hidden.shape[0])))
             if any(needs):
+                loss, c, e = plan.gradients(*whole)
                 dz = kept_rows.kept_gradient(found, mask, c, e)
                 gradients = _kept_backward(dz, hidden, weight, bias, mask, needs, backend)
+            else:
+                loss = plan.value(*whole)
+            out = (loss, found.logp, found.entropy)
         else:
             head = linear.Head(hidden, weight, bias, targets, transform, getattr(torch, logits_dtype), backend)
             out, sink = linear.policy_loss(head, plan, needs)
             gradients = gradients if sink is None else sink.results(weight, bias)
         loss, logp, entropy = out
-        return loss, logp, entropy, _metrics(goal, logp, entropy, batch), *_or_empty(gradients, hidden, weight, bias)
+        metrics = metric_values(goal, logp, entropy, batch)
+        return loss, logp, entropy, metrics, *_or_empty(gradients, hidden, weight, bias)
 
 
 @linear_policy_loss.register_fake
@@ -345,7 +348,7 @@ def _from_logits(
             out = logits.policy_loss(rows, targets, plan, transform, backend, gradient)
         else:
             out = _kept_from_logits(rows, targets, transform, mask, plan, gradient)
-        return *out, _metrics(goal, *out[1:], batch)
+        return *out, metric_values(goal, *out[1:], batch)
 
 
 def _kept_from_logits(
@@ -359,11 +362,13 @@ def _kept_from_logits(
     mask = kept_rows.make_kept(sampling_mask, targets, rows.shape[1])
     z = kept_rows.kept_from_logits(rows, mask, statistics_dtype(rows.dtype))
     statistics = kept_rows.kept_statistics(z, targets, mask, _temperature(transform, rows), transform.softcap)
-    loss, c, e = plan.gradients(statistics.logp, statistics.entropy, Part(slice(0, rows.shape[0])))
-    if gradient is not None:
-        gradient.zero_()
-        kept_rows.kept_scatter(kept_rows.kept_gradient(statistics, mask, c, e), mask, gradient)
-    return loss, statistics.logp, statistics.entropy
+    whole = (statistics.logp, statistics.entropy, Part(slice(0, rows.shape[0])))
+    if gradient is None:
+        return plan.value(*whole), *whole[:2]
+    loss, c, e = plan.gradients(*whole)
+    gradient.zero_()
+    kept_rows.kept_scatter(kept_rows.kept_gradient(statistics, mask, c, e), mask, gradient)
+    return loss, *whole[:2]
 
 
 @FusedOp

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from revisual_fast.losses import Objective, PolicyObjective, TokenBatch, counted, segment_mean
 
-__all__ = ["metric_names", "policy_metrics"]
+__all__ = ["metric_names", "metric_values", "policy_metrics"]
 
 _OF_A_FUNCTION = PolicyObjective(surrogate="reinforce")
 """Stands for a caller's own objective, of which only entropy, token ratio and KL are known."""
@@ -18,15 +18,13 @@ _OF_A_FUNCTION = PolicyObjective(surrogate="reinforce")
 def metric_names(objective: Objective, tokens: TokenBatch) -> tuple[str, ...]:
     """The keys of :func:`policy_metrics`, in order: they follow from the settings and from which fields are there."""
     o = objective if isinstance(objective, PolicyObjective) else _OF_A_FUNCTION
-    names = ["entropy", "ratio/mean", "ratio/max"]
-    names += ["clip_fraction"] * (o.surrogate in ("clip", "cispo", "gmpo"))
-    names += ["masked_sequences"] * (o.off_policy_mask is not None)
-    names += ["kl"] * (tokens.ref_logp is not None)
-    names += ["importance/mean", "importance/max"] * (o.rollout_correction is not None)
-    return tuple(names)
+    corrected = o.rollout_correction is not None
+    means = ["entropy", "ratio/mean"] + ["importance/mean"] * corrected
+    means += ["clip_fraction"] * (o.surrogate in ("clip", "cispo", "gmpo")) + ["kl"] * (tokens.ref_logp is not None)
+    maxima = ["ratio/max"] + ["importance/max"] * corrected
+    return (*means, *maxima, *["masked_sequences"] * (o.off_policy_mask is not None))
 
 
-@torch.no_grad()
 def policy_metrics(objective: Objective, logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> dict[str, Tensor]:
     """0-d tensors, plain means and maxima over the rows that count (0 if there are none), without host sync.
 
@@ -36,20 +34,33 @@ def policy_metrics(objective: Objective, logp: Tensor, entropy: Tensor, tokens: 
     with a rollout correction. ``tokens`` must have been prepared. Of a caller's own function only entropy, token ratio
     and kl are known.
     """
-    o = objective if isinstance(objective, PolicyObjective) else _OF_A_FUNCTION
-    ratio, importance, mask = o.ratio(logp, tokens), o.importance(logp, tokens), tokens.mask
-    metrics = {"entropy": _mean(entropy, mask), "ratio/mean": _mean(ratio, mask), "ratio/max": _max(ratio, mask)}
-    clipped = _clipped(o, o.log_ratio(logp, tokens) if o.surrogate == "gmpo" else ratio, tokens)
+    values = metric_values(objective, logp, entropy, tokens)
+    return dict(zip(metric_names(objective, tokens), values.unbind(), strict=True))
+
+
+@torch.no_grad()
+def metric_values(objective: Objective, logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
+    """``[M]`` the values of :func:`policy_metrics`, in order: every mean and maximum from one ``[k, N]`` tensor, so
+    that few kernels are launched.
+    """
+    o, mask = objective if isinstance(objective, PolicyObjective) else _OF_A_FUNCTION, tokens.mask
+    if len(logp) == 0:
+        return logp.new_zeros(len(metric_names(objective, tokens)))
+    weights = [o.ratio(logp, tokens)]
+    importance = o.importance(logp, tokens)
+    weights += [] if importance is None else [importance]
+    others = []
+    clipped = _clipped(o, o.log_ratio(logp, tokens) if o.surrogate == "gmpo" else weights[0], tokens)
     if clipped is not None:
-        metrics["clip_fraction"] = _mean(clipped.to(logp.dtype), mask)
-    if o.off_policy_mask is not None:
-        metrics["masked_sequences"] = _sequence_share(o.masked(logp, tokens), logp, tokens)
+        others.append(clipped.to(logp.dtype))
     if tokens.ref_logp is not None:
         difference = tokens.ref_logp - logp
-        metrics["kl"] = _mean(torch.expm1(difference) - difference, mask)
-    if importance is not None:
-        metrics["importance/mean"], metrics["importance/max"] = _mean(importance, mask), _max(importance, mask)
-    return metrics
+        others.append(torch.expm1(difference) - difference)
+    rows = counted(torch.stack([entropy, *weights, *others]), mask)
+    means = rows.mean(dim=1) if mask is None else rows.sum(dim=1) / mask.sum().clamp(min=1)
+    maxima = rows[1 : 1 + len(weights)].amax(dim=1)  # none is negative, so a row that does not count is no maximum
+    shares = [] if o.off_policy_mask is None else [_sequence_share(o.masked(logp, tokens), logp, tokens).reshape(1)]
+    return torch.cat([means, maxima, *shares])
 
 
 def _clipped(o: PolicyObjective, ratio: Tensor, tokens: TokenBatch) -> Tensor | None:
@@ -63,10 +74,9 @@ def _clipped(o: PolicyObjective, ratio: Tensor, tokens: TokenBatch) -> Tensor | 
     if o.surrogate == "gmpo":
         return (positive & (ratio > o.clip_high)) | (negative & (ratio < -o.clip_low))
     top, delta = 1 + o.clip_high, math.inf if o.delta is None else o.delta
-    clipped = (positive & (ratio > min(top, delta))) | (negative & (ratio < 1 - o.clip_low))
-    for bound in (max(top, delta), math.inf if o.dual_clip is None else o.dual_clip):
-        clipped |= negative & (ratio > bound)
-    return clipped
+    clipped = torch.where(positive, ratio > min(top, delta), negative & (ratio < 1 - o.clip_low))
+    beyond = min(max(top, delta), math.inf if o.dual_clip is None else o.dual_clip)
+    return clipped if beyond == math.inf else clipped | (negative & (ratio > beyond))
 
 
 def _sequence_share(masked: Tensor | None, logp: Tensor, tokens: TokenBatch) -> Tensor:
@@ -74,14 +84,4 @@ def _sequence_share(masked: Tensor | None, logp: Tensor, tokens: TokenBatch) -> 
     if masked is None:
         return logp.new_zeros(())
     assert tokens.cu_seqlens is not None, "prepare() checks this"
-    return _mean(segment_mean(masked.to(logp.dtype), tokens.cu_seqlens, tokens.mask))
-
-
-def _mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    return counted(values, mask).sum() / (max(len(values), 1) if mask is None else mask.sum().clamp(min=1))
-
-
-def _max(values: Tensor, mask: Tensor | None) -> Tensor:
-    if len(values) == 0:
-        return values.new_zeros(())
-    return values.max() if mask is None else values.masked_fill(~mask, -math.inf).max().masked_fill(~mask.any(), 0)
+    return segment_mean(masked.to(logp.dtype), tokens.cu_seqlens, tokens.mask).mean()

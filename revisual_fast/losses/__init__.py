@@ -20,7 +20,7 @@ Of rows that do not count it gets zeros, and whatever gradient it gives them is 
 ``tokens.mask`` by itself.
 """
 
-from revisual_fast.losses.objective import PRESETS, Objective, PolicyObjective, loss_gradients
+from revisual_fast.losses.objective import PRESETS, Objective, PolicyObjective, loss_gradients, loss_value
 from revisual_fast.losses.surrogates import KL_FORMS, SURROGATES, Rows, Surrogate, whole_sequences
 from revisual_fast.losses.tokens import (
     AGGREGATIONS,
@@ -49,6 +49,7 @@ __all__ = [
     "check_mask",
     "counted",
     "loss_gradients",
+    "loss_value",
     "segment_ids",
     "segment_mean",
     "segment_sum",

@@ -290,13 +290,24 @@ def loss_gradients(
         return _loss_gradients(objective, logp, entropy, tokens)
 
 
+def loss_value(objective: Objective, logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
+    """Loss (scalar), forward only: no graph of the objective is made. Otherwise as :func:`loss_gradients`."""
+    with torch.no_grad():
+        return _loss(objective, logp.detach(), entropy.detach(), tokens)
+
+
+def _loss(objective: Objective, logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
+    loss = objective(counted(logp, tokens.mask), counted(entropy, tokens.mask), tokens)
+    if loss.ndim != 0:
+        raise ValueError(f"an objective must return a scalar loss; got {list(loss.shape)}: sum it with tokens.weight")
+    return loss
+
+
 def _loss_gradients(
     objective: Objective, logp: Tensor, entropy: Tensor, tokens: TokenBatch
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     logp, entropy = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
-    loss = objective(counted(logp, tokens.mask), counted(entropy, tokens.mask), tokens)
-    if loss.ndim != 0:
-        raise ValueError(f"an objective must return a scalar loss; got {list(loss.shape)}: sum it with tokens.weight")
+    loss = _loss(objective, logp, entropy, tokens)
     if not loss.requires_grad:
         return loss, torch.zeros_like(logp), None
     c, e = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)

@@ -24,11 +24,12 @@ void run(const Row& r, float* statistics) {
     const Span<Z> span(row, r.V);
     const Reader<FULL> read{LOG2E / r.temperature, r.softcap, r.bias};
     const auto* packs = reinterpret_cast<const Pack<Z, VECTOR<Z>>*>(row + span.head);
+    const int each = (r.V / VECTOR<Z> + r.blocks - 1) / r.blocks;
     RowSum total = RowSum::none();
     for (int block = 0; block < r.blocks; ++block)
         for (int thread = 0; thread < r.threads; ++thread) {
             RowSum s = RowSum::none();
-            const Share share(span.packs, block, r.blocks);
+            const Share share(span.packs, block, each);
             add_packs<IN_FLIGHT>(s, packs + share.first, share.count, span.column(share.first), thread, r.threads,
                                  read);
             if (block == 0 && thread < span.edge()) {
@@ -43,7 +44,7 @@ void run(const Row& r, float* statistics) {
     const RowGradient gradient(s, read.scale, r.c, r.e, r.temperature);
     for (int block = 0; block < r.blocks; ++block)
         for (int thread = 0; thread < r.threads; ++thread) {
-            const Share share(span.packs, block, r.blocks);
+            const Share share(span.packs, block, each);
             const int column = span.column(share.first);
             write_packs<IN_FLIGHT>(packs + share.first, share.count, column, out + column, r.target, gradient, read,
                                    thread, r.threads);

@@ -184,6 +184,29 @@ def test_empty_batch(name: str) -> None:
 # What is not computed
 
 
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_without_gradient_the_objective_is_only_evaluated(from_logits: bool, kept: bool) -> None:
+    x, seen = make(7), []
+    tokens, indices = make_tokens(x), torch.arange(19).repeat(7)
+    mask = (torch.arange(8) * 19, indices) if kept else None
+
+    def own(logp: Tensor, entropy: Tensor, tokens: TokenBatch) -> Tensor:
+        seen.append(torch.is_grad_enabled() and logp.requires_grad)
+        return -(tokens.advantages * logp).mean()
+
+    def loss() -> Tensor:
+        if from_logits:
+            logits = x["hidden"] @ x["weight"].T
+            return policy_loss_from_logits(logits, x["targets"], tokens, own, sampling_mask=mask).loss
+        return linear_policy_loss(**x, tokens=tokens, objective=own, sampling_mask=mask).loss
+
+    wanted = loss()
+    with torch.no_grad():
+        assert torch.equal(loss(), wanted)
+    assert seen == [True, False]
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_flops() -> None:
     x, gspo = make(), PolicyObjective.preset("gspo", clip_low=9.0, clip_high=9.0)
