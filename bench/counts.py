@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 
 FP32, INT64 = 4, 8  # bytes
+VECTORS = 4
+"""fp32 ``[N]`` of a plain loss: advantages and old log-probs in, log-probs and entropies out."""
 
 
 def head_flops(n: int, d: int, v: int, products: int = 3) -> int:
@@ -17,14 +19,14 @@ def head_flops(n: int, d: int, v: int, products: int = 3) -> int:
     return 2 * products * n * d * v
 
 
-def head_bytes(n: int, d: int, v: int, itemsize: int, vectors: int = 4) -> int:
-    """hidden and weight in, their gradients out, targets in, ``vectors`` fp32 ``[N]`` in or out."""
-    return 2 * itemsize * (n * d + v * d) + n * (INT64 + vectors * FP32)
+def head_bytes(n: int, d: int, v: int, itemsize: int) -> int:
+    """hidden and weight in, their gradients out, targets in, ``VECTORS`` in or out."""
+    return 2 * itemsize * (n * d + v * d) + n * (INT64 + VECTORS * FP32)
 
 
-def logits_bytes(n: int, v: int, itemsize: int, vectors: int = 4) -> int:
+def logits_bytes(n: int, v: int, itemsize: int) -> int:
     """logits ``[N, V]`` in, their gradient out: 4 bytes a bf16 logit."""
-    return 2 * itemsize * n * v + n * (INT64 + vectors * FP32)
+    return 2 * itemsize * n * v + n * (INT64 + VECTORS * FP32)
 
 
 def statistics_bytes(n: int, v: int, itemsize: int) -> int:
@@ -37,10 +39,10 @@ def replay_flops(n: int, d: int, kept: int) -> int:
     return head_flops(n, d, kept)
 
 
-def replay_bytes(n: int, d: int, v: int, kept: int, distinct: int, itemsize: int, vectors: int = 4) -> int:
+def replay_bytes(n: int, d: int, v: int, kept: int, distinct: int, itemsize: int) -> int:
     """hidden and, of the weight, the distinct rows that are kept in; dX and a dense dW out; the mask in."""
     mask = INT64 * (n * kept + n + 1)
-    return itemsize * (2 * n * d + distinct * d + v * d) + mask + n * (INT64 + vectors * FP32)
+    return itemsize * (2 * n * d + distinct * d + v * d) + mask + n * (INT64 + VECTORS * FP32)
 
 
 def advantages_bytes(n: int, groups: int) -> int:

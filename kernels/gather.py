@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from revisual_fast.kernels.row_sums import packing_backend, row_sums
+from revisual_fast.kernels.row_sums import host_bounds, packing_backend, row_sums
 from revisual_fast.ranges import ranged
 
 __all__ = ["GatherRows", "gather_rows", "gather_rows_backward"]
@@ -40,10 +40,8 @@ def gather_rows(
             f"rows must be [N] int64 on {hidden.device}, as hidden; "
             f"got {list(rows.shape)} {rows.dtype} on {rows.device}"
         )
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and len(rows) > 0:
-        low, high = (int(bound) for bound in rows.aminmax())
-        if low < 0 or high >= len(hidden):
-            raise ValueError(f"rows must lie in [0, {len(hidden)}), hidden's rows; they go from {low} to {high}")
+    if (bounds := host_bounds(rows)) and (bounds[0] < 0 or bounds[1] >= len(hidden)):
+        raise ValueError(f"rows must lie in [0, {len(hidden)}), hidden's rows; they go from {bounds[0]} to {bounds[1]}")
     return GatherRows.apply(hidden, rows, packing_backend(backend, hidden))
 
 

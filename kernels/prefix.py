@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from revisual_fast.kernels.row_sums import packing_backend, row_sums, rows_or_nan, transposed
+from revisual_fast.kernels.row_sums import host_bounds, packing_backend, row_sums, rows_or_nan, transposed
 from revisual_fast.ranges import ranged, span
 
 __all__ = ["KVRows", "gather_kv"]
@@ -42,10 +42,8 @@ class KVRows:
         """
         if index.ndim != 1 or index.dtype != torch.int64:
             raise ValueError(f"the map must be [L] int64; got {list(index.shape)} {index.dtype}")
-        if index.device.type == "cpu" and not torch.compiler.is_compiling() and len(index) > 0:
-            low, high = (int(bound) for bound in index.aminmax())
-            if low < 0 or high >= n_rows:
-                raise ValueError(f"the map must point into [0, {n_rows}); it goes from {low} to {high}")
+        if (bounds := host_bounds(index)) and (bounds[0] < 0 or bounds[1] >= n_rows):
+            raise ValueError(f"the map must point into [0, {n_rows}); it goes from {bounds[0]} to {bounds[1]}")
         return cls(index.contiguous(), n_rows, *transposed(index, n_rows))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from revisual_fast.kernels.dispatch import CUDA_DTYPES, pick_backend
 from revisual_fast.kernels.plan import statistics_dtype
 
-__all__ = ["packing_backend", "row_sums", "rows_or_nan", "transposed"]
+__all__ = ["host_bounds", "packing_backend", "row_sums", "rows_or_nan", "transposed"]
 
 
 def transposed(
@@ -75,6 +75,14 @@ def _sum_by_torch(source: Tensor, index: Tensor, n_rows: int, dtype: torch.dtype
     return total[:n_rows].to(dtype)
 
 
+def host_bounds(index: Tensor) -> tuple[int, int] | None:
+    """The least and the greatest entry; None without any, on a device, where a look waits, and in ``torch.compile``."""
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or len(index) == 0:
+        return None
+    low, high = index.aminmax()
+    return int(low), int(high)
+
+
 def rows_or_nan(
     x: Tensor,  # [R, ...]
     index: Tensor,  # [N] int64
@@ -82,10 +90,8 @@ def rows_or_nan(
     """``x[index]`` by torch, ``[N, ...]``, and as in the kernels nan where there is no such row."""
     if len(x) == 0:
         return x.new_full((len(index), *x.shape[1:]), torch.nan)
-    if index.device.type == "cpu" and not torch.compiler.is_compiling() and len(index) > 0:
-        low, high = (int(bound) for bound in index.aminmax())
-        if low >= 0 and high < len(x):
-            return x.index_select(0, index)
+    if (bounds := host_bounds(index)) and bounds[0] >= 0 and bounds[1] < len(x):
+        return x.index_select(0, index)
     known = ((index >= 0) & (index < len(x))).view(-1, *[1] * (x.ndim - 1))
     return torch.where(known, x.index_select(0, index.clamp(0, len(x) - 1)), torch.nan)
 

@@ -100,7 +100,7 @@ def write_zeros(out_ptr, V, BLOCK: tl.constexpr):
         tl.store(out_ptr + cols, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=cols < V)
 
 
-@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=ROW_VECTORS)
+@triton.jit(do_not_specialize_on_alignment=ROW_VECTORS)
 def statistics_kernel(
     z_ptr,
     z_stride,
@@ -112,7 +112,6 @@ def statistics_kernel(
     entropy_ptr,
     top_ptr,
     total_ptr,
-    n_rows,
     V,
     softcap,
     BLOCK: tl.constexpr,
@@ -179,7 +178,7 @@ def row_gradient(
             tl.store(out_ptr + cols, g.to(out_ptr.dtype.element_ty), mask=cols < V)
 
 
-@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=ROW_VECTORS)
+@triton.jit(do_not_specialize_on_alignment=ROW_VECTORS)
 def gradient_kernel(
     z_ptr,
     z_stride,
@@ -195,7 +194,6 @@ def gradient_kernel(
     total_ptr,
     c_ptr,
     e_ptr,
-    n_rows,
     V,
     softcap,
     BLOCK: tl.constexpr,
@@ -224,7 +222,7 @@ def gradient_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=ROW_VECTORS + TOKEN_VECTORS)
+@triton.jit(do_not_specialize_on_alignment=ROW_VECTORS + TOKEN_VECTORS)
 def loss_kernel(
     z_ptr,
     z_stride,
@@ -244,7 +242,6 @@ def loss_kernel(
     ref_ptr,
     rollout_ptr,
     weight_ptr,
-    n_rows,
     V,
     softcap,
     clip_low,
@@ -326,7 +323,7 @@ def statistics(rows: RawRows, logp: Tensor, entropy: Tensor, top: Tensor, total:
     z, transform = rows.z, rows.transform
     statistics_kernel[(len(z),)](
         *(z, z.stride(0), rows.bias, rows.targets, transform.temperature, transform.mask),
-        *(logp, entropy, top, total, len(z), z.shape[1], transform.softcap),
+        *(logp, entropy, top, total, z.shape[1], transform.softcap),
         **_launch(z),
     )
 
@@ -346,7 +343,7 @@ def gradient(
     gradient_kernel[(len(out),)](
         *(z, z.stride(0), out, out.stride(0), index),
         *(rows.bias, rows.targets, transform.temperature, transform.mask),
-        *(entropy, top, total, c, e, len(out), z.shape[1], transform.softcap),
+        *(entropy, top, total, c, e, z.shape[1], transform.softcap),
         **_launch(z),
     )
 
@@ -368,7 +365,7 @@ def loss(
         *(z, z.stride(0), out, out.stride(0)),
         *(rows.bias, rows.targets, transform.temperature, transform.mask),
         *(logp, entropy, losses, c, e, *vectors),
-        *(len(z), z.shape[1], transform.softcap, *o.numbers),
+        *(z.shape[1], transform.softcap, *o.numbers),
         SURROGATE=SURROGATES[o.surrogate],
         KL=KL_FORMS[o.kl],
         KL_BIAS=o.kl_bias_correction,
@@ -412,7 +409,7 @@ def _gate(
 
 def _signature(kernel: Any, z: str, out: str) -> dict[str, str]:
     kinds = {"z_ptr": f"*{z}", "out_ptr": f"*{out}", "target_ptr": "*i64", "index_ptr": "*i64"}
-    kinds |= {"mask_ptr": "*i1", "z_stride": "i64", "out_stride": "i64", "n_rows": "i32", "V": "i32"}
+    kinds |= {"mask_ptr": "*i1", "z_stride": "i64", "out_stride": "i64", "V": "i32"}
     constants = {"SURROGATE", "KL", "KL_BIAS", "CORRECTION", "BLOCK"}
     return {
         name: "constexpr" if name in constants else kinds.get(name, "*fp32" if name.endswith("_ptr") else "fp32")

@@ -113,7 +113,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         them waits for the device once. Raises ValueError for shapes or settings that do not fit.
         """
         where = _Places(attention_mask, selected_token_ids, advantages)
-        self._check(where, ref_per_token_logps, ref_input, ref_weight)
+        self._check(ref_per_token_logps, ref_input, ref_weight)
         hidden, targets = where.hidden(_input), where.rows(selected_token_ids)
         reference = None
         if self._has_kl:
@@ -139,9 +139,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     def _has_kl(self) -> bool:
         return self.beta != 0 and self.use_ref_model
 
-    def _check(
-        self, where: _Places, ref_logps: Tensor | None, ref_input: Tensor | None, ref_weight: Tensor | None
-    ) -> None:
+    def _check(self, ref_logps: Tensor | None, ref_input: Tensor | None, ref_weight: Tensor | None) -> None:
         if self.loss_type not in AGGREGATIONS:
             raise ValueError(f"loss_type={self.loss_type!r} is unknown; it is one of {', '.join(AGGREGATIONS)}")
         if self.importance_sampling_level == "sequence" and self.loss_type in SURROGATES:

@@ -19,7 +19,6 @@ __all__ = [
     "head_flops",
     "text_flops",
     "vision_attention_flops",
-    "vision_flops",
     "vision_linear_flops",
 ]
 
@@ -62,7 +61,6 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocab: int
-    tied: bool = False  # the head's weight is the embedding's
     qk_norm: bool = False  # RMSNorm over every head of q and k
     vision: VisionShape | None = None
 
@@ -82,11 +80,6 @@ def attention_flops(shape: ModelShape, queries: int, prefix: int) -> int:
 def head_flops(shape: ModelShape, targets: int) -> int:
     """Forward of the head for ``targets`` rows: the others never meet it."""
     return 2 * targets * shape.hidden * shape.vocab
-
-
-def vision_flops(shape: VisionShape, grid: Grid) -> int:
-    """Forward of the vision tower for one image."""
-    return vision_linear_flops(shape, grid) + vision_attention_flops(shape, grid)
 
 
 def vision_linear_flops(shape: VisionShape, grid: Grid) -> int:

@@ -57,7 +57,7 @@ class BorrowedPolicy(Policy):
         before = [(c, c._attn_implementation) for c in _configs(model)]
         found = {(m, n): vars(m).get(n) for m in base.modules() for n in _METHODS}
         super().__init__(model, attention=attention, cache_bytes=cache_bytes)
-        self.attention, self.why_attention = pick_attention(attention, self.device, dtype or self.head_weight.dtype)
+        self.attention, _ = pick_attention(attention, self.device, dtype or self.head_weight.dtype)
         self._ours: list[tuple[Any, str]] = []
         for config, name in before:
             if config._attn_implementation != name:

@@ -252,10 +252,10 @@ def test_flops_and_bytes():
     n, d, v = 8192, 3584, 152064
     assert counts.head_flops(n, d, v) == 6 * n * d * v
     assert counts.head_flops(n, d, v, 4) == 8 * n * d * v
-    assert counts.head_bytes(2, 3, 5, 2, vectors=1) == 2 * (6 + 15) * 2 + 2 * 8 + 2 * 4
-    assert counts.logits_bytes(n, v, 2, vectors=0) == 4 * n * v + 8 * n, "4 bytes a bf16 logit"
+    assert counts.head_bytes(2, 3, 5, 2) == 2 * (6 + 15) * 2 + 2 * 8 + 2 * 16
+    assert counts.logits_bytes(n, v, 2) == 4 * n * v + 24 * n, "4 bytes a bf16 logit"
     assert counts.replay_flops(4, 6, 8) == 6 * 4 * 6 * 8
-    assert counts.replay_bytes(4, 6, 10, 8, 7, 4, vectors=0) == 4 * (48 + 42 + 60) + 8 * (32 + 5) + 8 * 4
+    assert counts.replay_bytes(4, 6, 10, 8, 7, 4) == 4 * (48 + 42 + 60) + 8 * (32 + 5) + 24 * 4
     assert counts.advantages_bytes(10, 2) == 80 + 24
     assert counts.pad_bytes(10) == 130
     assert counts.gather_bytes(4, 3, 6, 2) == 2 * 6 * (3 + 4 + 4 + 4) + 32

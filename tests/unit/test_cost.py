@@ -19,7 +19,6 @@ from revisual_fast.packing.cost import (
     head_flops,
     text_flops,
     vision_attention_flops,
-    vision_flops,
     vision_linear_flops,
 )
 from revisual_fast.policy.families.shapes import model_shape
@@ -148,7 +147,8 @@ def image_group(keys: str) -> Group:
 
 def test_an_image_counts_once_and_only_where_its_tower_runs():
     plain, one, twice, two = (image_group(keys) for keys in ("", "a", "aa", "ab"))
-    forward = vision_flops(TOWER, (1, 6, 10))
+    grid = (1, 6, 10)
+    forward = vision_linear_flops(TOWER, grid) + vision_attention_flops(TOWER, grid)
 
     def images(group: Group, **options) -> int:
         model = CostModel(SMALL, **options)
@@ -178,8 +178,8 @@ def test_images_without_a_tower_are_refused():
 
 def test_shapes_are_read_from_configurations():
     shape = model_shape(tiny_config("qwen3"))
-    assert (shape.head_dim, shape.qk_norm, shape.tied, shape.vision) == (32, True, False, None)
-    assert model_shape(tiny_config("qwen2")).tied
+    assert (shape.head_dim, shape.qk_norm, shape.vision) == (32, True, None)
+    assert not model_shape(tiny_config("qwen2")).qk_norm
     vision = model_shape(tiny_config("qwen2_vl")).vision
     assert (vision.hidden, vision.intermediate, vision.out, vision.window) == (32, 128, 64, 0)
     assert model_shape(tiny_config("qwen3_vl")).vision.deepstack == 2

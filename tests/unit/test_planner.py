@@ -12,7 +12,7 @@ from revisual_fast.packing.cost import CostModel, ModelShape
 from revisual_fast.packing.planner import MicroBatch, plan_micro_batches
 from tests.groups import blank_groups
 
-SHAPE = ModelShape(2048, 36, 11008, 16, 2, 128, 151936, tied=True)  # Qwen2.5-VL-3B, without its images
+SHAPE = ModelShape(2048, 36, 11008, 16, 2, 128, 151936)  # Qwen2.5-VL-3B, without its images
 COST = CostModel(SHAPE)
 
 group_shapes = st.tuples(st.integers(1, 30), st.lists(st.integers(1, 40), max_size=6))

@@ -98,7 +98,7 @@ class EnginePolicy(BorrowedPolicy):
         device = self.device
         dtype = autocast_dtype(device.type) or self._rows.dtype
         if self._backend is None:
-            self._backend, self.why_attention = pick_attention("auto", device, dtype)
+            self._backend, _ = pick_attention("auto", device, dtype)
         return super().states(batch, plan or make_plan(self._backend, batch.segments, device, dtype))
 
     def image_features(self, batch: PackedBatch) -> Tensor | None:

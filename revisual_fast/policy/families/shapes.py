@@ -28,7 +28,6 @@ def model_shape(config: Any) -> ModelShape:
         kv_heads=text.num_key_value_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocab=text.vocab_size,
-        tied=bool(config.tie_word_embeddings),
         qk_norm=kind in QK_NORM,
         vision=_vision_shape(kind, config.vision_config) if kind in VISION else None,
     )
