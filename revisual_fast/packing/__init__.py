@@ -19,7 +19,7 @@ completion continue at ``max(prompt positions) + 1``, which is the M-RoPE rule a
 
 from __future__ import annotations
 
-from revisual_fast.packing.batch import Group, Layout, PackedBatch, Prompt, Segments
+from revisual_fast.packing.batch import Group, Layout, PackedBatch, Prompt, Segments, to_device
 from revisual_fast.packing.cost import CostModel, ModelShape, VisionShape
 from revisual_fast.packing.layouts import PositionFn, pack_groups
 from revisual_fast.packing.memory import Activations, activation_bytes
@@ -40,4 +40,5 @@ __all__ = [
     "activation_bytes",
     "pack_groups",
     "plan_micro_batches",
+    "to_device",
 ]

@@ -11,11 +11,19 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["Group", "Layout", "PackedBatch", "Prompt", "Segments"]
+__all__ = ["Group", "Layout", "PackedBatch", "Prompt", "Segments", "to_device"]
 
 Layout = Literal["shared", "varlen", "padded"]
 ON_HOST = ("cu_seqlens", "grids")
 """What :meth:`PackedBatch.to` leaves where it is."""
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``. From the host to CUDA nothing waits: a copy from page-locked memory queues behind the
+    work that is under way."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def check_layout(layout: str) -> None:
@@ -118,5 +126,5 @@ class PackedBatch:
         """Everything but what the host needs: whole sequences go into chunks of the loss, grids become indices, and
         pixels are only moved where the vision tower has to see them."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k not in ON_HOST}
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
+        moved: dict[str, Any] = {k: to_device(v, device) for k, v in tensors.items()}
         return replace(self, **moved)

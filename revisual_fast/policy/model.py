@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from revisual_fast.kernels.embed import pack_embeddings
 from revisual_fast.kernels.gather import gather_rows
-from revisual_fast.packing import Group, Layout, PackedBatch, pack_groups
+from revisual_fast.packing import Group, Layout, PackedBatch, pack_groups, to_device
 from revisual_fast.policy.attention import NAME, AttentionPlan, autocast_dtype, make_plan, pick_attention
 from revisual_fast.policy.families import Family, family_for
 from revisual_fast.policy.vision_cache import CACHE_BYTES, VisionCache
@@ -159,7 +159,7 @@ class Policy:
         """The features of some of the batch's images."""
         assert self.family.visual is not None
         pixels = torch.cat([batch.pixel_values[i] for i in images])
-        pixels = pixels.to(self.device, next(self.family.visual.parameters()).dtype, non_blocking=True)
+        pixels = to_device(pixels.to(next(self.family.visual.parameters()).dtype), self.device)
         return self.family.encode_images(pixels, batch.grids[list(images)])
 
     def states(self, batch: PackedBatch, plan: AttentionPlan | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from revisual_fast.config import EntropyConfig, GRPOConfig
 from revisual_fast.data.processor import Example
 from revisual_fast.losses import PolicyObjective, TokenBatch, aggregation_weights
 from revisual_fast.ops import linear_logprob, linear_policy_loss
-from revisual_fast.packing import Group, PackedBatch
+from revisual_fast.packing import Group, PackedBatch, to_device
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import span
 from revisual_fast.rollout.engine import Rollout
@@ -115,11 +115,12 @@ class PolicyStage(Stage):
         loss = torch.zeros((), device=self.policy.device)
         meters = _Meters()
         for members, batch in self._micro_batches(sequences, self.policy):
+            tokens = self._tokens(members, batch)
             out = linear_policy_loss(
                 self.policy.hidden(batch),
                 self.policy.head_weight,
                 batch.targets,
-                self._tokens(members, batch),
+                tokens,
                 objective,
                 bias=self.policy.head_bias,
                 temperature=self.grpo.sampling.temperature,
@@ -129,8 +130,8 @@ class PolicyStage(Stage):
                 out.loss.backward()
             loss += out.loss.detach()
             if first:
-                sampled = torch.cat([s.rollout.logp for s in members])
-                self.differences.append(out.logp - sampled.to(out.logp.device, non_blocking=True))
+                assert tokens.rollout_logp is not None
+                self.differences.append(out.logp - tokens.rollout_logp)
             meters.add(out.metrics, len(batch.targets))
         value = float(loss)
         metrics = {"loss": value, **meters.read(), "policy/entropy_coef": coefficient}
@@ -147,24 +148,19 @@ class PolicyStage(Stage):
             yield [members[g][i] for g, part in micro.parts for i in part], policy.pack(micro.of(groups), self.layout)
 
     def _tokens(self, members: list[Sequence], batch: PackedBatch) -> TokenBatch:
-        device = batch.targets.device
+        """Everything in one copy to the device."""
         lengths = torch.tensor([len(s.rollout.ids) for s in members])
-
-        def per_token(values: list[float]) -> Tensor:
-            return torch.tensor(values).repeat_interleave(lengths).to(device)
-
-        def joined(name: str) -> Tensor | None:
+        given = {
+            "advantages": torch.tensor([s.advantage for s in members]).repeat_interleave(lengths),
+            "weight": torch.tensor([s.weight for s in members]).repeat_interleave(lengths),
+            "rollout_logp": torch.cat([s.rollout.logp for s in members]),
+        }
+        for name in ("old_logp", "ref_logp"):
             parts = [getattr(s, name) for s in members]
-            return None if any(p is None for p in parts) else torch.cat(parts).to(device)
-
-        return TokenBatch(
-            advantages=per_token([s.advantage for s in members]),
-            old_logp=joined("old_logp"),
-            ref_logp=joined("ref_logp"),
-            rollout_logp=torch.cat([s.rollout.logp for s in members]).to(device),
-            cu_seqlens=batch.cu_seqlens,
-            weight=per_token([s.weight for s in members]),
-        )
+            if all(part is not None for part in parts):
+                given[name] = torch.cat(parts)
+        fields = to_device(torch.stack(list(given.values())), batch.targets.device).unbind()
+        return TokenBatch(cu_seqlens=batch.cu_seqlens, **dict(zip(given, fields, strict=True)))
 
     @staticmethod
     def _masks(members: list[Sequence], batch: PackedBatch) -> tuple[Tensor, Tensor] | None:
@@ -175,12 +171,13 @@ class PolicyStage(Stage):
         counts = torch.cat([mask[0].diff() for mask in masks if mask is not None])
         indptr = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
         indices = torch.cat([mask[1] for mask in masks if mask is not None])
-        return indptr.to(batch.targets.device), indices.to(batch.targets.device)
+        return to_device(indptr, batch.targets.device), to_device(indices, batch.targets.device)
 
     @torch.no_grad()
     def _fill_logp(self, sequences: list[Sequence], policy: Policy, field: str) -> None:
         """Log-probs of ``sequences`` under ``policy`` into their ``field``."""
         is_reference = field == "ref_logp"
+        found: list[tuple[list[Sequence], Tensor]] = []
         for members, batch in self._micro_batches(sequences, policy):
             with policy.without_adapter() if is_reference else nullcontext():
                 logp, _ = linear_logprob(
@@ -191,6 +188,8 @@ class PolicyStage(Stage):
                     temperature=self.grpo.sampling.temperature,
                     sampling_mask=self._masks(members, batch),
                 )
+            found.append((members, logp))
+        for members, logp in found:  # read when all passes are under way
             for sequence, part in zip(members, logp.cpu().split([len(s.rollout.ids) for s in members]), strict=True):
                 setattr(sequence, field, part)
 
@@ -209,7 +208,8 @@ class _Meters:
             self.values[key] = torch.maximum(so_far, value) if key.endswith("max") else so_far + value * rows
 
     def read(self) -> dict[str, float]:
-        return {f"policy/{k}": float(v) / (1 if k.endswith("max") else self.rows) for k, v in self.values.items()}
+        values = zip(self.values, torch.stack(list(self.values.values())).tolist(), strict=True)  # one look
+        return {f"policy/{k}": v / (1 if k.endswith("max") else self.rows) for k, v in values}
 
 
 def build_objective(stage: GRPOConfig) -> PolicyObjective:
