@@ -80,7 +80,8 @@ class AttentionTiles:
                 queries = int(own_rows[last - 1, 1]) - first + reader.end - reader.start
                 key.append((queries, (first, last, reader.start, reader.end)))
         tables = [_heaviest_first(query), _heaviest_first(key), own_rows.T.reshape(2 * n_rows)]
-        moved = torch.cat([table.flatten() for table in tables]).to(device, non_blocking=True)
+        joined = torch.cat([table.flatten() for table in tables])
+        moved = (joined.pin_memory() if torch.device(device).type == "cuda" else joined).to(device, non_blocking=True)
         query_tiles, key_tiles, own_start, own_end = moved.split([4 * len(query), 4 * len(key), n_rows, n_rows])
         weights = [weight for weight, _ in key]
         return cls(

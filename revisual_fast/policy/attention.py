@@ -26,7 +26,7 @@ from transformers import AttentionInterface
 from revisual_fast.kernels.dispatch import triton_problem
 from revisual_fast.kernels.prefix import KVRows, gather_kv
 from revisual_fast.kernels.shared_attention import AttentionTiles, shared_attention
-from revisual_fast.packing import Segments
+from revisual_fast.packing import Segments, to_device
 from revisual_fast.policy.sdpa import SdpaPlan
 
 __all__ = [
@@ -161,10 +161,10 @@ class VarlenPlan:
 
     def __init__(self, segments: Segments, device: torch.device, backend: str):
         n_rows = sum(segments.length)
-        self.cu_q, self.cu_k = (x.to(device, non_blocking=True) for x in (segments.cu_q, segments.cu_k))
+        self.cu_q, self.cu_k = (to_device(x, device) for x in (segments.cu_q, segments.cu_k))
         self.max_q, self.max_k = max(segments.length), max(segments.keys)
         shared = any(segments.prefix_length)
-        self.rows = KVRows.checked(segments.key_rows.to(device, non_blocking=True), n_rows) if shared else None
+        self.rows = KVRows.checked(to_device(segments.key_rows, device), n_rows) if shared else None
         self.flash = backend == "flash"
         self.exact = torch.are_deterministic_algorithms_enabled()
         self.repeats = repeats_heads(backend, device)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from revisual_fast.kernels.prefix import KVRows, gather_kv
-from revisual_fast.packing import Segments
+from revisual_fast.packing import Segments, to_device
 
 __all__ = ["SdpaPlan"]
 
@@ -50,8 +50,8 @@ class SdpaPlan:
         self.n_queries, self.n_keys = (
             [getattr(b, f).numel() for b in self.buckets] for f in ("query_index", "key_index")
         )
-        self.queries = torch.cat([b.query_index.flatten() for b in self.buckets]).to(device)
-        keys = torch.cat([b.key_index.flatten() for b in self.buckets]).to(device)
+        self.queries = to_device(torch.cat([b.query_index.flatten() for b in self.buckets]), device)
+        keys = to_device(torch.cat([b.key_index.flatten() for b in self.buckets]), device)
         self.keys = KVRows.checked(keys, sum(segments.length))
         self.repeats = device.type == "cuda"  # there, a mask with grouped heads would fall to the unfused kernel
         order, offset = [torch.empty(0, dtype=torch.long)] * len(segments.start), 0
@@ -61,7 +61,7 @@ class SdpaPlan:
                 first = offset + place * width
                 order[i] = torch.arange(first, first + segments.length[i])
             offset += len(chosen) * width
-        self.order = torch.cat(order).to(device)  # [T]
+        self.order = to_device(torch.cat(order), device)  # [T]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
@@ -121,7 +121,7 @@ def _bucket(segments: Segments, members: list[int], dtype: torch.dtype, device: 
     # on CUDA it would as well copy one whose rows do not begin at multiples of 8
     mask = torch.zeros(len(members), 1, n_queries, -(-n_keys // 8) * 8, dtype=dtype)
     mask[..., :n_keys].masked_fill_(~sees[:, None], -torch.inf)
-    mask = mask.to(device)
+    mask = to_device(mask, device)
     blocks = []
     for begin in range(0, n_queries, BLOCK):
         end = min(begin + BLOCK, n_queries)

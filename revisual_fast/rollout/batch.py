@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from revisual_fast.packing import Group, Prompt, plan_micro_batches
+from revisual_fast.packing import Group, Prompt, plan_micro_batches, to_device
 from revisual_fast.policy.attention import KeepingPlan
 from revisual_fast.ranges import ranged
 from revisual_fast.rollout.decode import DecodePlan, Prefilled
@@ -108,14 +108,14 @@ class Batch:
             batch = policy.pack(part.of(groups))
             prefill = KeepingPlan(policy.plan(batch))
             states = policy.states(batch, prefill)
-            last.append(states[batch.segments.cu_q[1:].long().to(policy.device) - 1])
+            last.append(states[to_device(batch.segments.cu_q[1:].long() - 1, policy.device)])
             kept.append(prefill.kept)
             top += [p.max() for p in batch.positions[:, 0].amax(0).split(batch.segments.length)]
         order = [g for part in parts for g, _ in part.parts]  # in which the prompts were prefilled
         lengths = torch.tensor([len(groups[g].prompt.ids) for g in order])
         place = torch.tensor(order).argsort()  # of each chosen prompt in that order
         starts = (lengths.cumsum(0) - lengths)[place]
-        on_device = place.to(policy.device)
+        on_device = to_device(place, policy.device)
         next_position = torch.stack(top)[on_device] + 1
         self.plan.admit(Prefilled(kept, starts.tolist(), lengths[place].tolist(), next_position), self.n)
         self._join(chosen)
@@ -131,10 +131,10 @@ class Batch:
                 drawn = torch.rand(self.sampling.max_tokens, self.n, dtype=torch.float64, generator=source)
                 noise.append(drawn.t())
         if noise:
-            new = torch.cat(noise).to(self.policy.device)
+            new = to_device(torch.cat(noise), self.policy.device)
             self.noise = torch.cat([self.noise, new]) if len(self.noise) else new
         birth = torch.tensor([s.birth for s in self.sequences])
-        self.birth = birth.to(self.policy.device)  # [R] int64
+        self.birth = to_device(birth, self.policy.device)  # [R] int64
         self.end = int(birth.min()) + self.sampling.max_tokens  # the step at which the first have all their tokens
 
     # -- a step
@@ -212,7 +212,7 @@ class Batch:
 
     def _shrink(self, rows: list[int]) -> None:
         self.plan.keep(rows)
-        chosen = torch.tensor(rows, device=self.policy.device)
+        chosen = to_device(torch.tensor(rows), self.policy.device)
         self.token, self.birth = self.token[chosen], self.birth[chosen]
         if len(self.noise):
             self.noise = self.noise[chosen]

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from revisual_fast.packing import to_device
+
 __all__ = ["GROW", "DecodePlan", "Prefilled"]
 
 GROW = 64
@@ -80,7 +82,7 @@ class DecodePlan:
         self.width = self.width or min(GROW, self.limit)
         span = torch.arange(self.longest)
         bounds = zip(new.starts, new.lengths, strict=True)
-        index = torch.stack([begin + span.clamp(max=length - 1) for begin, length in bounds]).to(device)
+        index = to_device(torch.stack([begin + span.clamp(max=length - 1) for begin, length in bounds]), device)
         for layer in list(new.kept[0]):
             key, value = (torch.cat(x) for x in zip(*(part.pop(layer) for part in new.kept), strict=True))
             self._add(layer, _prompts(key, index), _prompts(value, index), len(places))
@@ -108,7 +110,7 @@ class DecodePlan:
         self.prompt = [place[self.prompt[row]] for row in rows]
         first = min(self.birth[row] for row in rows)
         self.birth = [self.birth[row] - first for row in rows]
-        chosen, theirs = (torch.tensor(x, device=device) for x in (rows, prompts))
+        chosen, theirs = (to_device(torch.tensor(x), device) for x in (rows, prompts))
         self.start = self.start[chosen] + first
         self.column -= first
         self.width -= first
@@ -131,7 +133,7 @@ class DecodePlan:
             within = torch.arange(self.rows) - (count.cumsum(0) - count)[self.prompt]
             slot = torch.tensor(self.prompt) * slots + within
             row = torch.zeros(prompts * slots, dtype=torch.long).index_copy(0, slot, torch.arange(self.rows))
-            self.slot_of_row, self.row_of_slot = slot.to(device), row.to(device)
+            self.slot_of_row, self.row_of_slot = to_device(slot, device), to_device(row, device)
         lengths, birth = torch.tensor(self.lengths)[:, None], torch.tensor(self.birth)[:, None]
         self.prompt_mask = _masked(torch.arange(self.longest) >= lengths, device)  # [P, L]
         self.own_mask = _masked(torch.arange(int(birth.max())) < birth, device)  # [R, youngest birth]
@@ -200,7 +202,7 @@ def _masked(where: Tensor, device: torch.device) -> Tensor | None:
     """What is added to the scores, fp32: -inf where ``where`` is True; None if nowhere."""
     if not where.any():
         return None
-    return torch.zeros(where.shape).masked_fill_(where, -torch.inf).to(device)
+    return to_device(torch.zeros(where.shape).masked_fill_(where, -torch.inf), device)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

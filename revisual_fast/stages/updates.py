@@ -150,24 +150,19 @@ class PolicyStage(Stage):
             yield [members[g][i] for g, part in micro.parts for i in part], policy.pack(micro.of(groups), self.layout)
 
     def _tokens(self, members: list[Sequence], batch: PackedBatch) -> TokenBatch:
-        device = batch.targets.device
+        """Everything in one copy to the device."""
         lengths = torch.tensor([len(s.rollout.ids) for s in members])
-
-        def per_token(values: list[float]) -> Tensor:
-            return to_device(torch.tensor(values).repeat_interleave(lengths), device)
-
-        def joined(name: str) -> Tensor | None:
+        given = {
+            "advantages": torch.tensor([s.advantage for s in members]).repeat_interleave(lengths),
+            "weight": torch.tensor([s.weight for s in members]).repeat_interleave(lengths),
+            "rollout_logp": torch.cat([s.rollout.logp for s in members]),
+        }
+        for name in ("old_logp", "ref_logp"):
             parts = [getattr(s, name) for s in members]
-            return None if any(p is None for p in parts) else to_device(torch.cat(parts), device)
-
-        return TokenBatch(
-            advantages=per_token([s.advantage for s in members]),
-            old_logp=joined("old_logp"),
-            ref_logp=joined("ref_logp"),
-            rollout_logp=to_device(torch.cat([s.rollout.logp for s in members]), device),
-            cu_seqlens=batch.cu_seqlens,
-            weight=per_token([s.weight for s in members]),
-        )
+            if all(part is not None for part in parts):
+                given[name] = torch.cat(parts)
+        fields = to_device(torch.stack(list(given.values())), batch.targets.device).unbind()
+        return TokenBatch(cu_seqlens=batch.cu_seqlens, **dict(zip(given, fields, strict=True)))
 
     @staticmethod
     def _masks(members: list[Sequence], batch: PackedBatch) -> tuple[Tensor, Tensor] | None:
@@ -185,7 +180,7 @@ class PolicyStage(Stage):
         """Log-probs of ``sequences`` under ``policy`` into their ``field``, each computed on one rank."""
         is_reference = field == "ref_logp"
         places = {id(sequence): i for i, sequence in enumerate(sequences)}
-        mine: dict[int, Tensor] = {}
+        passes: list[tuple[list[Sequence], Tensor]] = []
         for members, batch in self._micro_batches(sequences, policy):
             with policy.without_adapter() if is_reference else nullcontext():
                 logp, _ = linear_logprob(
@@ -196,6 +191,9 @@ class PolicyStage(Stage):
                     temperature=self.grpo.sampling.temperature,
                     sampling_mask=self._masks(members, batch),
                 )
+            passes.append((members, logp))
+        mine: dict[int, Tensor] = {}
+        for members, logp in passes:  # read when all of them are under way
             parts = logp.cpu().split([len(s.rollout.ids) for s in members])
             mine |= {places[id(sequence)]: part for sequence, part in zip(members, parts, strict=True)}
         for found in world().gather(mine):
@@ -218,11 +216,12 @@ class _Meters:
 
     def read(self, ranks: World) -> dict[str, float]:
         """Of all ranks, which have added the same metrics or none."""
-        every = ranks.gather((self.rows, {name: float(value) for name, value in self.values.items()}))
+        values = torch.stack(list(self.values.values())).tolist() if self.values else []  # one look at the device
+        every = ranks.gather((self.rows, dict(zip(self.values, values, strict=True))))
         rows = sum(count for count, _ in every)
         found: dict[str, list[float]] = {}
-        for _, values in every:
-            for name, value in values.items():
+        for _, theirs in every:
+            for name, value in theirs.items():
                 found.setdefault(name, []).append(value)
         return {f"policy/{k}": max(v) if k.endswith("max") else sum(v) / rows for k, v in found.items()}
 

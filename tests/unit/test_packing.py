@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from revisual_fast.packing import Group, PackedBatch, Prompt, Segments, pack_groups
@@ -47,6 +47,7 @@ shapes = st.lists(
 )  # prompt, completions
 
 
+@settings(deadline=None)
 @given(shapes=shapes, layout=st.sampled_from(LAYOUTS))
 def test_every_target_is_predicted_by_the_row_before_it_and_segments_cover_the_row_once(shapes, layout):
     groups = [
@@ -73,6 +74,7 @@ def test_every_target_is_predicted_by_the_row_before_it_and_segments_cover_the_r
         assert batch.positions[0, 0, seen[row]].tolist() == list(range(len(context)))
 
 
+@settings(deadline=None)
 @given(shapes=shapes)
 def test_bounds_and_key_rows_describe_the_segments(shapes):
     segments = pack(blank_groups(shapes), "shared").segments

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from revisual_fast.policy.model import Policy
@@ -42,6 +42,7 @@ for name, dtype, shape, offset in zip(info["names"], info["dtype_names"], info["
 """
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 300), st.sampled_from([torch.float32, torch.bfloat16]))), st.integers(1, 2000))
 def test_buckets_hold_every_weight_once_and_in_order(sizes: list[tuple[int, torch.dtype]], limit: int) -> None:
     entries = [WeightMeta(str(i), dtype, (n,)) for i, (n, dtype) in enumerate(sizes)]

@@ -23,6 +23,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, vision_utils
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from revisual_fast.packing import to_device
+
 __all__ = ["NAME", "TowerInputs", "Windows", "window_attention"]
 
 NAME = "revisual_flash_windows"
@@ -53,7 +55,7 @@ class Windows:
             start = (length.cumsum(0) - length)[windows]
             within = torch.arange(int(length.sum())) - (by_length.cumsum(0) - by_length).repeat_interleave(by_length)
             order = start.repeat_interleave(by_length) + within
-            self.order, self.back = (x.to(device, non_blocking=True) for x in (order, order.argsort()))  # [n] int64
+            self.order, self.back = (to_device(x, device) for x in (order, order.argsort()))  # [n] int64
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query, key and value [1, H, n, d] -> [1, n, H, d]."""
@@ -149,7 +151,7 @@ class TowerInputs:
             kind = "bilinear" if TAPS_FIRST else "interp"
             for name, tap in zip(("indices", "weights"), taps, strict=True):
                 tensors[f"{kind}_{name}"] = tap.T.contiguous() if TAPS_FIRST else tap
-        return inputs | {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return inputs | {name: to_device(tensor, device) for name, tensor in tensors.items()}
 
     def _shape(self, t: int, h: int, w: int) -> _Shape:
         grid, none = torch.tensor([[t, h, w]]), torch.empty(0)
