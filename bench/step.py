@@ -11,8 +11,9 @@ import torch
 from bench.checks import Outputs
 from bench.harness import Call, Case, Problem, Variant
 from bench.machine import copy_ceiling, gemm_ceiling
+from bench.peers import why_not
 from bench.step_inputs import HUGE, LARGE, MODELS, SMALL, Step, StepInputs, build, make_step, step_errors
-from bench.step_ours import PackedStep, checkpointed
+from bench.step_ours import PackedStep, checkpointed, with_liger
 from bench.step_peers import PADDED, reference, transformers_padded, trl_trainer
 from revisual_fast.packing import CostModel, Group, Layout
 from revisual_fast.policy.attention import available_backends, pick_attention
@@ -127,8 +128,11 @@ def _ours(case: Case, x: StepInputs, cost: CostModel) -> Iterator[Variant]:
     """The default; of a long step also few completions at a time, which need no checkpointing; of a step to be looked
     at in detail the same in one pass, other layouts, and the other attention backends that run here."""
     yield _packed(case, x, cost)
-    if x.step.checkpointing:
-        yield _packed(case, x, cost, checkpointing=False, size=None if x.step.detail else FEW)
+    size, no_liger = None if x.step.detail else FEW, why_not(case, "liger_kernel", cuda=True)
+    if x.step.checkpointing and (x.step.detail or no_liger):  # beside another model a long one would not fit
+        yield _packed(case, x, cost, checkpointing=False, size=size)
+    if case.device == "cuda":
+        yield _packed(case, x, cost, checkpointing=False, size=size, liger=no_liger)
     if not x.step.detail:
         return
     layouts: tuple[Layout, ...] = ("varlen", "padded")
@@ -147,31 +151,36 @@ def _packed(
     attention: str = "auto",
     checkpointing: bool | None = None,
     size: int | None = None,
+    liger: str | None = None,
 ) -> Variant:
-    """Packing is part of the call. ``checkpointing``: as in the step, unless said; ``size``: completions at a time."""
+    """Packing is part of the call. ``checkpointing``: as in the step, unless said; ``size``: completions at a time;
+    ``liger``: liger-kernel's layers, or why they cannot be had."""
     name = OURS if layout == "shared" else f"{OURS}, {layout} layout"
     name = name if attention == "auto" else f"{name}, {attention} attention"
     name = name if checkpointing is None else f"{name}, {'with' if checkpointing else 'no'} checkpointing"
     name = name if size is None else f"{name}, {size} completions at a time"
+    name = name if liger is None else f"{name}, Liger's layers"
     pieces = [replace(x.group, completions=x.group.completions[members]) for members in x.parts(size or x.step.group)]
 
     def setup() -> Call:
-        packed = PackedStep(x, layout, attention, size)
+        own = x if liger is None else with_liger(x)
+        packed = PackedStep(own, layout, attention, size)
 
         def run() -> Outputs:
-            with checkpointed(x, checkpointing):
+            with checkpointed(own, checkpointing):
                 return packed.gradients()
 
         return Call(run)
 
     def split(outputs: Outputs, answer: Outputs) -> dict[str, Any]:
         with checkpointed(x, checkpointing):
-            return {} if size else {"phases_s": PackedStep(x, layout, attention).phases()}
+            return {} if size or liger is not None else {"phases_s": PackedStep(x, layout, attention).phases()}
 
     chosen = pick_attention(attention, torch.device(case.device), case.torch_dtype)[0]
     note = f"{layout} layout, {chosen} attention"
     flops = sum(cost.flops(piece, layout) for piece in pieces)
-    return Variant(name, "ours", setup, note=note, yardstick=PADDED, flops=flops, extra=split)
+    start = None if liger else setup
+    return Variant(name, "ours", start, liger or "", note, yardstick=PADDED, flops=flops, extra=split)
 
 
 def step_problem(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from bench.checks import Outputs
 from bench.inputs import OBJECTIVE
-from bench.step_inputs import StepInputs, accumulated, gradients, set_checkpointing
+from bench.step_inputs import StepInputs, accumulated, build, gradients, set_checkpointing
 from revisual_fast import TokenBatch, linear_policy_loss
 from revisual_fast.packing import Group, Layout
+from revisual_fast.policy.liger import apply_liger
 from revisual_fast.policy.model import Policy
 
 
@@ -26,6 +28,15 @@ def checkpointed(x: StepInputs, on: bool | None) -> Iterator[None]:
         yield
     finally:
         set_checkpointing(x.model, x.step.checkpointing)
+
+
+def with_liger(x: StepInputs) -> StepInputs:
+    """The step with a model of its own, of the same weights, whose layers are liger-kernel's, as our trainer has them
+    on CUDA where liger-kernel is installed."""
+    model = build(x.model.config, x.model.dtype, str(x.device), x.step.checkpointing)
+    model.load_state_dict(x.model.state_dict())
+    apply_liger(Policy(model).family)
+    return replace(x, model=model)
 
 
 class PackedStep:

@@ -327,6 +327,15 @@ def test_peak_memory_on_the_cpu():
     assert clock.peak_bytes(lambda: None) < 4 << 20, "what was freed does not count again"
 
 
+def test_what_a_device_runs_at_is_read(monkeypatch):
+    monkeypatch.setattr(machine.torch.cuda, "current_device", lambda: 1)
+    answers = iter(["1000, 100.5, 30\n1980, 612.25, 51\n", "1980, [N/A], 51\n"])
+    done = lambda *command, **options: SimpleNamespace(stdout=next(answers))  # noqa: E731
+    monkeypatch.setattr(machine.subprocess, "run", done)
+    assert machine.load() == {"sm_mhz": 1980.0, "power_w": 612.25, "celsius": 51.0}
+    assert machine.load() == {}, "what it does not say is not made up"
+
+
 # The command
 
 

@@ -109,6 +109,23 @@ def test_a_wrong_gradient_of_one_parameter_gets_no_time(parameter, monkeypatch):
     assert rows["revisual-fast"]["errors"][part] == pytest.approx(1e-4, rel=0.1)
 
 
+def test_ligers_layers_go_into_a_model_of_their_own(monkeypatch):
+    x = make_step(STEPS["image"], build(tiny_config(), torch.float32, "cpu"))
+    seen = []
+    monkeypatch.setattr(step_ours, "apply_liger", lambda family: seen.append(family))
+    own = step_ours.with_liger(x)
+    (family,) = seen
+    assert family.head is own.model.lm_head is not x.model.lm_head
+    assert all(torch.equal(a, b) for a, b in zip(own.model.parameters(), x.model.parameters(), strict=True))
+    assert own.group is x.group
+    case = STEPS["image"].case("bfloat16", "cuda")
+    cost = step.CostModel(shape=step.model_shape(x.model.config))
+    monkeypatch.setattr(step, "available_backends", dict)
+    monkeypatch.setattr(step, "pick_attention", lambda *arguments: ("sdpa", ""))
+    (variant,) = [v for v in step._ours(case, x, cost) if "Liger" in v.name]
+    assert (variant.setup is None) == bool(variant.reason)
+
+
 def test_gradients_that_are_missing_or_not_numbers_are_errors():
     answer = {"model.visual.a": torch.ones(2), "lm_head.weight": torch.ones(2)}
     assert step_errors(answer, answer) == {"d_vision": 0.0, "d_embedding": 0.0}
