@@ -72,7 +72,7 @@ def policy_loss(
     source = Logits(logits, targets, transform, backend, gradient)
     if gradient is not None and 0 < source.n_rows <= source.size:  # one part, as always on a kernel
         whole = Part(slice(0, source.n_rows))
-        chunk, loss, c, e = source.solve(plan, whole)
+        chunk, loss, c, e = source.solve(plan, whole, source)
         source.add(whole.rows, chunk, c, e, None)
         return loss, chunk.logp, chunk.entropy
     return policy_pass(source, None if gradient is None else source, plan)

@@ -256,7 +256,7 @@ class Curriculum:
     def _run_stage(self, name: str) -> None:
         began = time.perf_counter() - self.state["seconds"].get(name, 0.0)
         stage = self.build_stage(name)
-        self.progress.message(f"{name}: {stage.activations.describe(self.config.train.micro_batch_tokens)}")
+        self.progress.message(f"{name}: {stage.describe()}")
         self.progress.stage(name, stage.total_steps, stage.steps)
         try:
             self._steps(name, stage, began)

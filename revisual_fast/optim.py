@@ -12,7 +12,7 @@ from revisual_fast.config import OptimizerConfig
 from revisual_fast.distributed import owners, world
 from revisual_fast.ranges import ranged, span
 
-__all__ = ["Optimizer", "lr_factor"]
+__all__ = ["Optimizer", "held_bytes", "lr_factor"]
 
 
 def lr_factor(config: OptimizerConfig, update: int, total: int) -> float:
@@ -158,6 +158,18 @@ class Optimizer:
             else:
                 self.adamw.state[master][key] = tensor.to(master.device)
         self._write_back()
+
+
+def held_bytes(parameters: Iterable[nn.Parameter], ranks: int = 1) -> int:
+    """What training takes on a rank besides activations: all weights and, of those that are trained, the gradient in
+    fp32, AdamW's two moments and (of weights that are not fp32) the master copy, divided among the ranks."""
+    total = 0
+    for parameter in parameters:
+        total += parameter.numel() * parameter.itemsize
+        if parameter.requires_grad:
+            divided = 8 if parameter.dtype == torch.float32 else 12
+            total += parameter.numel() * 4 + parameter.numel() * divided // ranks
+    return total
 
 
 class _Sum:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from revisual_fast.packing.batch import Group, Layout, PackedBatch, Prompt, Segments, to_device
 from revisual_fast.packing.cost import CostModel, ModelShape, VisionShape
 from revisual_fast.packing.layouts import PositionFn, pack_groups
-from revisual_fast.packing.memory import Activations, activation_bytes
+from revisual_fast.packing.memory import Activations, activation_bytes, readable_bytes
 from revisual_fast.packing.planner import MicroBatch, plan_micro_batches
 
 __all__ = [
@@ -40,5 +40,6 @@ __all__ = [
     "activation_bytes",
     "pack_groups",
     "plan_micro_batches",
+    "readable_bytes",
     "to_device",
 ]

@@ -43,7 +43,7 @@ from dataclasses import dataclass
 
 from revisual_fast.packing.cost import ModelShape, VisionShape
 
-__all__ = ["Activations", "activation_bytes"]
+__all__ = ["Activations", "activation_bytes", "readable_bytes"]
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class Activations:
     def describe(self, tokens: int) -> str:
         """One line for a run's header: ``tokens`` packed rows of text, each with a target."""
         total = self.peak(tokens, tokens)
-        patch = f", {_readable(self.per_patch)} an image patch" if self.per_patch else ""
+        patch = f", {readable_bytes(self.per_patch)} an image patch" if self.per_patch else ""
         return (
-            f"activations: {_readable(self.per_token)} a token{patch}, "
-            f"{_readable(total)} for micro_batch_tokens {tokens} of text"
+            f"activations: {readable_bytes(self.per_token)} a token{patch}, "
+            f"{readable_bytes(total)} for micro_batch_tokens {tokens} of text"
         )
 
 
@@ -191,7 +191,7 @@ def _patch(vision: VisionShape, b: int, checkpointing: bool, liger: bool) -> tup
     return vision.depth * block + once, backward
 
 
-def _readable(size: float) -> str:
+def readable_bytes(size: float) -> str:
     """1536 -> "1.5 KiB"."""
     units: Sequence[str] = ("B", "KiB", "MiB", "GiB", "TiB")
     for unit in units:

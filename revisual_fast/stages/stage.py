@@ -20,8 +20,16 @@ from revisual_fast.data.records import PROMPT_TOO_LONG, RESPONSE_TOO_LONG, BadRe
 from revisual_fast.data.sampler import Sampler
 from revisual_fast.distributed import world
 from revisual_fast.kernels.plan import CHUNK_BYTES, SUPERCHUNK_BYTES
-from revisual_fast.optim import Optimizer, lr_factor
-from revisual_fast.packing import Activations, CostModel, Group, MicroBatch, activation_bytes, plan_micro_batches
+from revisual_fast.optim import Optimizer, held_bytes, lr_factor
+from revisual_fast.packing import (
+    Activations,
+    CostModel,
+    Group,
+    MicroBatch,
+    activation_bytes,
+    plan_micro_batches,
+    readable_bytes,
+)
 from revisual_fast.policy.attention import repeats_heads
 from revisual_fast.policy.liger import use_liger
 from revisual_fast.policy.model import Policy
@@ -95,6 +103,7 @@ class Stage:
         self.total_updates = self.total_steps * updates_per_step
         if stage.freeze_vision:
             self.policy.freeze_vision()
+        self.held = self._held()
         self.optimizer = Optimizer(self.policy.model.named_parameters(), stage.optimizer, self.policy.family.is_vision)
         self.layout = context.config.train.layout
         self.cost, self.activations = self._estimates()
@@ -104,6 +113,23 @@ class Stage:
         self.updates = 0
         self.skipped = 0  # optimizer updates left out
         self.nonfinite_in_a_row = 0
+
+    def _held(self) -> int:
+        """Bytes on a rank's device besides activations. Raises ValueError where the device has not got them."""
+        held, device = held_bytes(self.policy.model.parameters(), world().size), self.policy.device
+        there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        if there is not None and held >= there:
+            raise ValueError(
+                f"stages.{self.context.name}: weights, gradients and AdamW's state take {readable_bytes(held)}, and "
+                f"{device} has {readable_bytes(there)}: use several GPUs (torchrun), model.lora, or a smaller model"
+            )
+        return held
+
+    def describe(self) -> str:
+        """What a step takes in memory, for the run's header."""
+        budget = self.context.config.train.micro_batch_tokens
+        held = f"weights, gradients and AdamW's state: {readable_bytes(self.held)}"
+        return f"{held}; {self.activations.describe(budget)}"
 
     def _estimates(self) -> tuple[CostModel, Activations]:
         """FLOPs of a group and bytes of activations, as this stage trains."""

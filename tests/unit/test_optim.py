@@ -1,13 +1,15 @@
 """The optimizer: schedules, learning rates per tower, master weights, and a state that continues exactly."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from revisual_fast.config import OptimizerConfig
-from revisual_fast.optim import Optimizer, lr_factor
+from revisual_fast.optim import Optimizer, held_bytes, lr_factor
+from revisual_fast.stages.stage import Stage
 
 
 def small(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -138,3 +140,34 @@ def test_nothing_to_train_is_an_error():
     frozen = {n: p.requires_grad_(False) for n, p in small().items()}
     with pytest.raises(ValueError, match="every parameter is frozen"):
         optimizer_for(frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_training_holds_is_counted(dtype):
+    parameters = small(dtype)
+    frozen = parameters.pop("visual.w").requires_grad_(False)
+    optimizer = optimizer_for(parameters)
+    set_gradients(parameters, 0)
+    for parameter in parameters.values():  # as backward passes leave it: in fp32
+        parameter.grad = None
+        (parameter.float().sum() * 2).backward()
+    there = [frozen, *parameters.values(), *(held.grad for held in optimizer.sums.values())]
+    optimizer.step(1.0)
+    masters = [m for n, m in optimizer.masters.items() if m is not parameters[n]]
+    moments = [x for state in optimizer.adamw.state.values() for x in (state["exp_avg"], state["exp_avg_sq"])]
+    expected = sum(x.numel() * x.itemsize for x in (*there, *masters, *moments))
+    assert held_bytes([frozen, *parameters.values()]) == expected
+    assert held_bytes([frozen], ranks=8) == frozen.numel() * frozen.itemsize
+    assert held_bytes(parameters.values(), 2) < held_bytes(parameters.values())
+
+
+def test_a_device_that_cannot_hold_it_is_told_before_the_first_step(monkeypatch):
+    memory = SimpleNamespace(total_memory=320)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    model = nn.Linear(5, 4, bias=False)  # 20 weights of 4 + 4 + 8 bytes
+    policy = SimpleNamespace(model=model, device=torch.device("cuda:0"))
+    stage = SimpleNamespace(policy=policy, context=SimpleNamespace(name="rl"))
+    with pytest.raises(ValueError, match=r"stages\.rl: .* take 320 B, and cuda:0 has 320 B: use several GPUs"):
+        Stage._held(stage)
+    memory.total_memory = 321
+    assert Stage._held(stage) == 320
