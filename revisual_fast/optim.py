@@ -105,6 +105,7 @@ class Optimizer:
                     continue
                 if held.grad is None:
                     held.grad = torch.zeros_like(self.parameters[name], dtype=torch.float32)
+                held.grad = held.grad.contiguous()
                 self.world.reduce(held.grad, self.owner[name])
                 if name not in self.masters:
                     held.grad = None

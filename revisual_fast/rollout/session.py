@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from revisual_fast.distributed import world
 from revisual_fast.policy.model import Policy
 from revisual_fast.ranges import span
-from revisual_fast.rollout.engine import Engine, Sync
+from revisual_fast.rollout.engine import Engine, EngineError, NonFiniteLogits, Sync
 
 __all__ = ["EngineSession"]
 
@@ -26,13 +27,21 @@ class EngineSession:
         self.awake = self.asleep = 0
 
     def update(self, policy: Policy, version: int) -> None:
-        """The engine samples from ``policy``; of a sleeping one, first the weights come back, then the cache."""
-        with span("weight sync"):
+        """The engine samples from ``policy``; of a sleeping one, first the weights come back, then the cache.
+
+        What fails on one rank fails on all."""
+
+        def work() -> Sync:
             if self.sleep_level:
                 self.engine.wake_up(["weights"])
-            self._sent.append(self.engine.update_weights(policy, version))
+            sent = self.engine.update_weights(policy, version)
             if self.sleep_level:
                 self.engine.wake_up(["kv_cache"])
+            return sent
+
+        with span("weight sync"):
+            ranks = world()
+            self._sent.append(ranks.gather_from(work, NonFiniteLogits, EngineError)[ranks.rank])
 
     def taken(self) -> Sync:
         """All weight updates since this was last asked, added up."""

@@ -1,5 +1,7 @@
 """Ranks: how work is shared, what they tell each other, and the optimizer's divided state; two processes on the CPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from revisual_fast.config import Config
 from revisual_fast.distributed import ALONE, World, joined, owners
 from revisual_fast.policy.load import pick_device
 from revisual_fast.rollout.build import check_rollout
+from revisual_fast.rollout.engine import EngineError, NonFiniteLogits, Sync
+from revisual_fast.rollout.session import EngineSession
 from tests.ranks import torchrun
 
 
@@ -69,6 +73,22 @@ def test_settings_that_several_ranks_cannot_have(monkeypatch):
         pick_device("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == torch.device("cuda:1")
+
+
+def test_engines_are_brought_up_to_date_together(monkeypatch):
+    """One that cannot be started again is an error on every rank, before any of them generates."""
+    told = []
+
+    class Told(World):
+        def gather_from(self, work, *kinds):
+            told.append(kinds)
+            return [None, work()]
+
+    monkeypatch.setattr(distributed, "_world", Told(1, 2))
+    session = EngineSession(SimpleNamespace(update_weights=lambda policy, version: Sync(version)))
+    session.update(None, 7)
+    assert told == [(NonFiniteLogits, EngineError)]
+    assert session.taken().tensors == 7
 
 
 def test_several_nodes_are_refused(monkeypatch):
