@@ -64,8 +64,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     saved) an engine that could not go on later.
     In processes that torchrun started, the run is theirs together (:mod:`revisual_fast.distributed`).
     """
-    with joined(), Curriculum(config, resume=resume, overwrite=overwrite) as curriculum:
-        return curriculum.run()
+    with joined() as ranks:
+        try:
+            with Curriculum(config, resume=resume, overwrite=overwrite) as curriculum:
+                return curriculum.run()
+        except Interrupted:
+            ranks.wait()  # torchrun ends those that are left when one has gone with an exit code
+            raise
 
 
 class Curriculum:
@@ -83,6 +88,7 @@ class Curriculum:
         self.checkpoints = Checkpoints(self.run_dir.path, config.checkpoint.keep)
         self.progress = Progress(config.telemetry.progress) if self.ranks.main else Progress.silent()
         self.stop = StopRequest()
+        self.stopping = False  # some rank was asked to stop, and all know it
         self.bad_records = BadRecords()
         self.state: dict[str, Any] = {"stage": 0, "global_step": 0, "seconds": {}, "steps": {}, "skipped": {}}
         self.resume = resume
@@ -167,6 +173,7 @@ class Curriculum:
         for line in self.header:
             self.progress.message(line)
         self._write_run()
+        self.ranks.wait()  # a start that fails on one rank is confirmed on none
 
     def _check_stages(self) -> None:
         """Raises ValueError for a model that is not supported, or that a stage cannot train as it says."""
@@ -291,8 +298,8 @@ class Curriculum:
     # -- when to stop
 
     def _has_to_stop(self) -> bool:
-        self.stop.requested = self.ranks.any(self.stop.requested)
-        return self.stop.requested or self._out_of_time()
+        self.stopping = self.ranks.any(self.stop.requested)
+        return self.stopping or self._out_of_time()
 
     def _out_of_time(self) -> bool:
         return over(self.config.run.max_minutes, self._seconds())
@@ -304,7 +311,7 @@ class Curriculum:
     def _stopped(self, place: str, saved: Path | None) -> Interrupted:
         """What to raise where the run stops, after ``place``."""
         self._report()
-        if self.stop.requested:
+        if self.stopping:
             return Interrupted(f"stopped after {place}; saved {saved}; continue with --resume")
         return OutOfTime(
             f"stopped after {place}: run.max_minutes ({self.config.run.max_minutes:g}) are over; saved {saved}; "

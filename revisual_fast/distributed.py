@@ -8,7 +8,7 @@ whole on every rank: passes need no communication. ``torchrun`` starts the proce
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ALONE", "World", "joined", "world"]
+__all__ = ["ALONE", "World", "joined", "without_torchrun", "world"]
 
 PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others: one may generate far longer than the rest."""
@@ -60,7 +60,7 @@ class World:
 
     def gather_from(self, work: Callable[[], T], *kinds: type[Exception]) -> list[T]:
         """Every rank's result of ``work``. Where it fails on some rank, all raise: that rank its error, the others the
-        first of ``kinds`` that it is (RuntimeError if it is none), which says which rank it was."""
+        first of ``kinds`` that it is (RuntimeError if it is none), made of a message that says which rank it was."""
         result, error = None, None
         try:
             result = work()
@@ -75,11 +75,19 @@ class World:
         first = next((rank for rank, failure in enumerate(failures) if failure is not None), None)
         if first is None:
             return self.gather(result)  # type: ignore[arg-type]
-        if first == self.rank:
-            assert error is not None
+        if error is not None:
             raise error
         number, text = failures[first]  # type: ignore[misc]
         raise (RuntimeError if number is None else kinds[number])(f"rank {first}: {text}")
+
+    def same(self, work: Callable[[], T], what: str) -> T:
+        """The result of ``work``, which has to be the same on all ranks. Raises RuntimeError, naming ``what``, if it is
+        not, and where ``work`` has failed elsewhere."""
+        results = self.gather_from(work)
+        other = next((rank for rank, result in enumerate(results) if result != results[0]), None)
+        if other is not None:
+            raise RuntimeError(f"rank {other} has other {what} than rank 0: {results[other]} instead of {results[0]}")
+        return results[self.rank]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the ranks, in the place of ``values``."""
@@ -139,23 +147,33 @@ def world() -> World:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """Inside, this process is one of those that ``torchrun`` started, if it did. Raises ValueError for more nodes."""
+    """Inside, this process is one of those that ``torchrun`` started, if it did. Raises ValueError for more nodes, and
+    where somebody else has begun to use torch.distributed."""
     global _world
     size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if size == 1 or dist.is_initialized():
+    if size == 1 or _world is not ALONE:
         yield _world
         return
+    if dist.is_initialized():
+        raise ValueError("torch.distributed is in use already: let the run make its own process group")
     if size != local:
         raise ValueError(f"{size} ranks, {local} of them here: one node only (torchrun --standalone --nproc-per-node)")
-    if torch.cuda.is_available():
+    cuda = torch.cuda.device_count() >= size  # with fewer the ranks can only be on the CPU
+    if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     _world = World(dist.get_rank(), dist.get_world_size())
     try:
         yield _world
     finally:
         _world = ALONE
         dist.destroy_process_group()
+
+
+def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
+    """For a process that is none of the ranks: an environment that does not make it take itself for one."""
+    of_ranks = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+    return {name: value for name, value in environment.items() if not name.startswith(of_ranks)}
 
 
 def owners(sizes: Iterable[tuple[str, int]], ranks: int) -> dict[str, int]:

@@ -35,11 +35,15 @@ def evaluate(
     together = max(1, min(config.rollout.max_batch, config.rollout.max_cached_tokens // limit)) * world().size
     completions: list[Completion] = []
     for first in range(0, len(chosen), together):
-        encoded = [
-            processor.encode_or_report(r, bad_records, config.data[r.dataset].on_bad_record)
-            for r in chosen[first : first + together]
-        ]
-        completions += _answer([e for e in encoded if e is not None], limit, engine, processor)
+        some, examples = chosen[first : first + together], []  # type: list[Record], list[Example]
+
+        def work(some: list[Record] = some, examples: list[Example] = examples) -> list[str]:
+            encoded = [processor.encode_or_report(r, bad_records, config.data[r.dataset].on_bad_record) for r in some]
+            examples.extend(example for example in encoded if example is not None)
+            return [example.record.source for example in examples]
+
+        world().same(work, "records")
+        completions += _answer(examples, limit, engine, processor)
     if not completions:
         names = ", ".join(sorted({f"data.{r.dataset}" for r in chosen})) or "evaluation"
         raise ValueError(f"{names}: no usable record among the {len(chosen)} to evaluate: {bad_records.counts}")

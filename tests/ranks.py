@@ -44,6 +44,9 @@ def communication() -> None:
         assert not ranks.main or found["1.a"].tolist() == [1, 2, 3]
         failures(ranks)
         assert ranks.gather_from(lambda: ranks.rank) == [0, 1], "after failures all are in step again"
+        assert ranks.same(lambda: [1, 2], "numbers") == [1, 2]
+        with pytest.raises(RuntimeError, match="rank 1 has other numbers than rank 0: 1 instead of 0"):
+            ranks.same(lambda: ranks.rank, "numbers")
     assert world().size == 1
     print("all is well", flush=True)
 

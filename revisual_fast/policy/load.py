@@ -35,6 +35,8 @@ def pick_device(name: str) -> torch.device:
             raise ValueError(
                 f"model.device: {name} for each of {world().size} ranks; say auto, and every rank has its own"
             )
+        if torch.cuda.is_available() and torch.cuda.device_count() < world().size:
+            raise ValueError(f"model.device: {world().size} ranks, and {torch.cuda.device_count()} CUDA devices")
         name = f"cuda:{world().rank}"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(

@@ -129,6 +129,8 @@ def check_rollout(config: Config, device: torch.device) -> tuple[Literal["embedd
             raise ValueError(
                 f"rollout: each of {ranks} ranks has an engine on its own device; leave out url and tensor_parallel"
             )
+        if rollout.transfer in ("ipc", "nccl"):  # vLLM's would make collectives of its own among the ranks
+            raise ValueError(f"rollout.transfer: {rollout.transfer} needs a single rank, not {ranks}; set it to host")
     kind, why = pick_engine(rollout, device)
     if kind == "embedded":
         return kind, why
@@ -164,7 +166,7 @@ def transfer_kind(config: Config, device: torch.device) -> Literal["ipc", "nccl"
     rollout = config.rollout
     if rollout.transfer != "auto":
         return rollout.transfer
-    if device.type != "cuda" or (rollout.url is None and rollout.tensor_parallel > 1):
+    if device.type != "cuda" or world().size > 1 or (rollout.url is None and rollout.tensor_parallel > 1):
         return "host"
     return "ipc" if rollout.url is None else "nccl"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from typing import Any
 
 import torch
@@ -65,6 +66,9 @@ class GRPOStage(PolicyStage):
         """What the engine did for this step, and how old its weights were."""
         session = self.collector.session
         sync = session.taken()
+        counts: Counter[str] = Counter()
+        for theirs in world().gather(session.engine.counts):
+            counts.update(theirs)
         ages = [self.steps - s.rollout.version for s in sequences] or [0]
         return {
             "staleness/mean": statistics.fmean(ages),
@@ -79,7 +83,7 @@ class GRPOStage(PolicyStage):
             "time/sync": sync.seconds,
             "memory/engine_awake": session.awake / 2**30,
             "memory/engine_asleep": session.asleep / 2**30,
-            **{f"engine/{name}": count for name, count in session.engine.counts.items()},
+            **{f"engine/{name}": count for name, count in counts.items()},
         }
 
     @ranged("select")

@@ -183,7 +183,18 @@ class Stage:
         return seed_for(self.context.config.run.seed, self.context.name, self.steps if step is None else step, purpose)
 
     def draw(self, count: int) -> list[Example]:
-        """The next ``count`` usable examples in sampling order; bad records are handled as configured."""
+        """The next ``count`` usable examples in sampling order, the same on all ranks; bad records are handled as
+        configured."""
+        examples: list[Example] = []
+
+        def work() -> tuple[int, list[str]]:
+            examples.extend(self._draw(count))
+            return self.position, [example.record.source for example in examples]
+
+        world().same(work, "records")
+        return examples
+
+    def _draw(self, count: int) -> list[Example]:
         examples: list[Example] = []
         rejected = 0
         while len(examples) < count:

@@ -195,7 +195,7 @@ class PolicyStage(Stage):
         mine: dict[int, Tensor] = {}
         for members, logp in passes:  # read when all of them are under way
             parts = logp.cpu().split([len(s.rollout.ids) for s in members])
-            mine |= {places[id(sequence)]: part for sequence, part in zip(members, parts, strict=True)}
+            mine |= {places[id(s)]: part.clone() for s, part in zip(members, parts, strict=True)}  # not views: pickled
         for found in world().gather(mine):
             for place, part in found.items():
                 setattr(sequences[place], field, part)

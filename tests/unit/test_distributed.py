@@ -7,7 +7,7 @@ import torch
 
 from revisual_fast import distributed
 from revisual_fast.config import Config
-from revisual_fast.distributed import ALONE, World, joined, owners
+from revisual_fast.distributed import ALONE, World, joined, owners, without_torchrun
 from revisual_fast.policy.load import pick_device
 from revisual_fast.rollout.build import check_rollout
 from revisual_fast.rollout.engine import EngineError, NonFiniteLogits, Sync
@@ -66,13 +66,18 @@ def test_settings_that_several_ranks_cannot_have(monkeypatch):
         ({"engine": "vllm", "async": "one_step"}, "rollout.async: one_step"),
         ({"engine": "vllm", "url": "http://localhost:8000"}, "leave out url"),
         ({"engine": "vllm", "tensor_parallel": 2}, "leave out url and tensor_parallel"),
+        ({"engine": "vllm", "transfer": "ipc"}, "rollout.transfer: ipc needs a single rank"),
     ):
         with pytest.raises(ValueError, match=message):
             check_rollout(Config.model_construct(rollout=Config.model_fields["rollout"].annotation(**rollout)), cpu)
     with pytest.raises(ValueError, match=r"model\.device: cuda:1 .*say auto"):
         pick_device("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert pick_device("auto") == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="4 ranks, and 2 CUDA devices"):
+        pick_device("auto")
 
 
 def test_engines_are_brought_up_to_date_together(monkeypatch):
@@ -89,6 +94,22 @@ def test_engines_are_brought_up_to_date_together(monkeypatch):
     session.update(None, 7)
     assert told == [(NonFiniteLogits, EngineError)]
     assert session.taken().tensors == 7
+
+
+def test_a_process_beside_the_ranks_is_none_of_them():
+    given = {"PATH": "/bin", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert without_torchrun(given) == {"PATH": "/bin"}
+
+
+def test_a_process_group_of_somebody_else_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match="in use already"), joined():
+        pass
+    monkeypatch.setattr(distributed, "_world", World(1, 2))
+    with joined() as ranks:
+        assert ranks == World(1, 2), "ours, from further out"
 
 
 def test_several_nodes_are_refused(monkeypatch):

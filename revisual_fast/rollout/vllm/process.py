@@ -22,6 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from revisual_fast.distributed import without_torchrun
 from revisual_fast.rollout.engine import EngineError, Sampling
 from revisual_fast.rollout.messages import (
     Alive,
@@ -183,7 +184,7 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **connection.env},
+                env={**without_torchrun(os.environ), **connection.env},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
