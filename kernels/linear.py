@@ -115,7 +115,8 @@ class Head:
     def _logits_and_place(self, rows: Rows, sink: Sink | None) -> tuple[Tensor, Tensor | None]:
         """The raw logits, and where their gradient goes, if there is a place for it: over the logits if as wide.
 
-        The sink is asked once the logits have been queued. It may read something from the device before it answers.
+        The sink is asked once the logits have been queued, if they do not need the place themselves: it may read
+        something from the device before it answers.
         """
         if self.saved is None and self.logits_dtype == self.hidden.dtype:
             place = None if sink is None else sink.place(rows)
@@ -226,9 +227,9 @@ class HeadGradient:
         self.held = None
         d_weight, d_bias = self.weight, self.bias
         if self.needs[1]:
-            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
+            d_weight = weight.new_zeros(weight.shape) if d_weight is None else d_weight.to(weight.dtype)
         if self.needs[2] and bias is not None:
-            d_bias = torch.zeros_like(bias) if d_bias is None else d_bias.to(bias.dtype)
+            d_bias = bias.new_zeros(bias.shape) if d_bias is None else d_bias.to(bias.dtype)
         return self.hidden, d_weight, d_bias
 
 

@@ -17,7 +17,7 @@ A caller's own objective takes everything and is the whole loss::
         return -(tokens.advantages * logp).mean() - 0.01 * entropy.mean()
 
 Of rows that do not count it gets zeros, and whatever gradient it gives them is dropped; a mean has to heed
-``tokens.mask`` by itself.
+``tokens.mask`` by itself. Where no gradient is wanted it is called under ``torch.no_grad``.
 """
 
 from revisual_fast.losses.objective import PRESETS, Objective, PolicyObjective, loss_gradients, loss_value
