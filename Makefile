@@ -22,12 +22,13 @@ PIP_IN = .venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-chec
 BENCH_PYTHON ?= $(BIN)/python
 BENCH_READY := $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.bench)
 
-# The interpreter for the CUDA kernels, likewise: what it builds with, and what runs them under compute-sanitizer.
+# The interpreter for the CUDA kernels, likewise: what it builds with, and what runs them, under compute-sanitizer too.
 GPU_PYTHON ?= $(BIN)/python
 OWN_PYTHON := $(filter $(BIN)/python,$(GPU_PYTHON))
+GPU_WORKERS ?= 8
 
-.PHONY: install quickstart test test-vllm test-dropin $(DROPIN:%=test-%) check cuda sanitize bench bench-rollout bench-trl
-.PHONY: bench-gpu hub clean
+.PHONY: install quickstart test test-gpu test-vllm test-dropin $(DROPIN:%=test-%) check cuda sanitize bench
+.PHONY: bench-rollout bench-trl bench-gpu hub clean
 
 install: $(VENV)/.base
 
@@ -59,6 +60,10 @@ check: $(VENV)/.test
 cuda: $(if $(OWN_PYTHON),$(VENV)/.base)
 	$(if $(OWN_PYTHON),$(PIP) "setuptools>=77")
 	$(GPU_PYTHON) setup.py build_ext --inplace
+
+# The tests that need a GPU. Most of their time goes into compiling Triton's kernels, one process a core.
+test-gpu: $(if $(OWN_PYTHON),$(VENV)/.test)
+	OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -m gpu -n $(GPU_WORKERS) --dist load tests/gpu tests/kernels tests/unit
 
 # The CUDA kernels under compute-sanitizer, on small shapes. Needs a GPU.
 sanitize: $(if $(OWN_PYTHON),$(VENV)/.test)

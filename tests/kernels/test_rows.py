@@ -122,16 +122,16 @@ def test_transform_and_bias_as_in_the_reference(
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.usefixtures("poisoned")
 def test_gradient_in_place_and_in_rows_of_any_stride(backend: str) -> None:
-    z, targets = random_logits("plain", 4, 300, torch.bfloat16)
+    z, targets = random_logits("plain", 4, 304, torch.bfloat16)  # whole 16 bytes: added up in the same order anywhere
     c = torch.ones(4, device=DEVICE)
     beside = kernel_chunk(backend, z, targets).gradient(c, None)
-    wide = torch.full((4, 777), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-    strided = wide[:, :300]
+    wide = torch.full((4, 776), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    strided = wide[:, :304]
     strided.copy_(z)
     chunk = kernel_chunk(backend, strided, targets, out=strided)
     assert chunk.gradient(c, None).data_ptr() == wide.data_ptr()
     assert torch.equal(strided, beside)
-    assert wide[:, 300:].isnan().all()
+    assert wide[:, 304:].isnan().all()
 
 
 @pytest.mark.parametrize("backend", KERNELS)
