@@ -27,21 +27,26 @@ def chunk_bytes(device: str, chunk_mib: int) -> AbstractContextManager[Any]:
 
 
 def pieces(case: Case, logits: str) -> list[Piece]:
-    """Of each chunk the product of its logits, the rows' kernel, dX, and dW, which is added up in fp32 in memory."""
-    size = plan.rows_per_chunk(case.v, case.torch_dtype, torch.device(case.device))
+    """Of each chunk the product of its logits and the rows' kernel; of each superchunk (or chunk, where there are none)
+    dX, and dW, which is added up in fp32 in memory where it is not the only one."""
+    device = torch.device(case.device)
+    size = plan.rows_per_chunk(case.v, case.torch_dtype, device)
+    superchunk = plan.rows_per_superchunk(case.v, case.torch_dtype, device)
     d, v, low = case.d, case.v, case.torch_dtype.itemsize
     wide = getattr(torch, logits).itemsize
     found = []
-    for rows in plan.slices(case.n, size):
-        m = rows.stop - rows.start
-        flops = 2 * m * d * v
-        found += [
-            Piece(flops, low * (m * d + v * d) + wide * m * v),
-            Piece(bytes=(wide + low) * m * v),
-            Piece(flops, low * (m * v + v * d + m * d)),
-            Piece(flops, low * (m * v + m * d) + 2 * FP32 * v * d),
-        ]
+    for m in _lengths(plan.chunks(case.n, min(size, superchunk or size), superchunk)):
+        found += [Piece(2 * m * d * v, low * (m * d + v * d) + wide * m * v), Piece(bytes=(wide + low) * m * v)]
+    together = _lengths(plan.slices(case.n, superchunk or size))
+    for index, m in enumerate(together):
+        summed = low if len(together) == 1 else FP32 * (1 if index == 0 else 2)
+        found.append(Piece(2 * m * d * v, low * (m * v + v * d + m * d)))
+        found.append(Piece(2 * m * d * v, low * (m * v + m * d) + summed * v * d))
     return found
+
+
+def _lengths(parts: list[slice]) -> list[int]:
+    return [part.stop - part.start for part in parts]
 
 
 def _trial(dtype: str, device: str) -> Trial:
@@ -71,9 +76,9 @@ def _start(logits: str, device: str) -> Setting:
 
 def _sizes(device: str) -> list[Axis]:
     on_gpu = (
-        "Every chunk reads the weight for two products and adds to dW in fp32, 12 bytes an element of the head, "
-        "while its products take FLOPs in proportion to its rows: few rows make them bound by bytes. Larger is "
-        "faster up to where FLOPs bound all three, about 600 rows; beyond it memory buys nothing."
+        "Every chunk reads the weight for the product of its logits, 2 bytes an element of the head, while that takes "
+        "FLOPs in proportion to its rows: few rows make it bound by bytes. Larger is faster up to where FLOPs bound "
+        "it, some hundred rows; beyond it memory buys nothing. dX and dW do not depend on it."
     )
     on_cpu = (
         "Chunks near the size of the cache keep logits there between their passes; fewer rows make slower products."

@@ -13,6 +13,7 @@ from bench import counted, counters, ncu
 from bench.counted import Target
 from bench.harness import Call, Case, Variant
 from bench.ncu import Kernel
+from revisual_fast.kernels import plan
 
 FIXED = ("ID", "Process ID", "Process Name", "Host Name", "Kernel Name", "Context", "Stream", "Block Size", "Grid Size")
 FIXED += ("Device", "CC")
@@ -290,4 +291,6 @@ def test_what_is_counted_are_variants_of_the_benchmark(monkeypatch):
         names = {variant.name for variant in getattr(counted.own, op)(small).variants}
         assert {target.variant for target in targets if target.case.op == op} <= names
     chunk = next(target.case for target in targets if target.case.d)
-    assert (chunk.n, chunk.d, chunk.v) == (2048, 3584, 152064)
+    assert (chunk.d, chunk.v) == (3584, 152064)
+    most = plan.rows_per_chunk(chunk.v, torch.bfloat16, torch.device("cuda"))
+    assert most / 2 < chunk.n <= most < 8192, "a chunk as the library cuts it"
