@@ -8,7 +8,8 @@ whole on every rank: passes need no communication. ``torchrun`` starts the proce
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ALONE", "World", "joined", "without_torchrun", "world"]
+__all__ = ["ALONE", "World", "joined", "world"]
 
 PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others: one may generate far longer than the rest."""
@@ -167,13 +168,8 @@ def joined() -> Iterator[World]:
         yield _world
     finally:
         _world = ALONE
+        time.sleep(0.1)  # gloo's thread may want the GIL to end a last call; the group's end keeps it (pytorch#56297)
         dist.destroy_process_group()
-
-
-def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
-    """For a process that is none of the ranks: an environment that does not make it take itself for one."""
-    of_ranks = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-    return {name: value for name, value in environment.items() if not name.startswith(of_ranks)}
 
 
 def owners(sizes: Iterable[tuple[str, int]], ranks: int) -> dict[str, int]:

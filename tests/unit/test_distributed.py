@@ -7,11 +7,12 @@ import torch
 
 from revisual_fast import distributed
 from revisual_fast.config import Config
-from revisual_fast.distributed import ALONE, World, joined, owners, without_torchrun
+from revisual_fast.distributed import ALONE, World, joined, owners
 from revisual_fast.policy.load import pick_device
 from revisual_fast.rollout.build import check_rollout
 from revisual_fast.rollout.engine import EngineError, NonFiniteLogits, Sync
 from revisual_fast.rollout.session import EngineSession
+from revisual_fast.rollout.vllm.process import without_torchrun
 from tests.ranks import torchrun
 
 

@@ -22,7 +22,6 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from revisual_fast.distributed import without_torchrun
 from revisual_fast.rollout.engine import EngineError, Sampling
 from revisual_fast.rollout.messages import (
     Alive,
@@ -37,7 +36,7 @@ from revisual_fast.rollout.messages import (
 )
 from revisual_fast.rollout.remote import EngineLost
 
-__all__ = ["ProcessConnection"]
+__all__ = ["ProcessConnection", "without_torchrun"]
 
 WORKER = "revisual_fast.rollout.vllm.worker"
 CLOSE_SECONDS = 10.0
@@ -197,6 +196,12 @@ class _Child:
         self._end()
         self.pipe.close()
         return self.process.returncode
+
+
+def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
+    """For a process that is none of the ranks: an environment that does not make it take itself for one."""
+    of_ranks = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+    return {name: value for name, value in environment.items() if not name.startswith(of_ranks)}
 
 
 def _end(process: subprocess.Popen[bytes], ended: int, owner: int) -> None:
