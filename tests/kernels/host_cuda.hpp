@@ -152,5 +152,7 @@ inline float __shfl_xor_sync(unsigned, float value, int lanes) {
     warp.meeting.wait();
     const float other = warp.values[(threadIdx.x % 32) ^ lanes];
     warp.meeting.wait();
+    thread_local std::minstd_rand pace(threadIdx.x + 1);  // a warp's first lane falls behind by chance, and so the warp
+    if (threadIdx.x % 32 == 0) std::this_thread::sleep_for(std::chrono::microseconds(pace() % 200));
     return other;
 }

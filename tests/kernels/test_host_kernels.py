@@ -195,6 +195,7 @@ def test_statistics_then_gradient(device: Device, dtype: torch.dtype, full: bool
 
 # V, blocks and stages of a cluster, clusters; with more rows than clusters times stages the barriers are used again.
 SHAPES = [(16, 1, 2, 1), (203, 2, 2, 1), (203, 4, 2, 1), (203, 4, 1, 1), (203, 2, 2, 3), (9, 4, 2, 1), (203, 2, 1, 12)]
+SHAPES += [(1203, 2, 2, 1)]  # both warps of a block have a part of the row
 
 
 @pytest.mark.parametrize(("v", "blocks", "stages", "clusters"), SHAPES)
