@@ -48,7 +48,10 @@ test-trl: .venv-trl/.test
 	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest tests/dropin/trl tests/dropin/hub -n auto --dist load
 
 test-verl test-openrlhf test-swift: test-%: .venv-%/.test
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/dropin/$*
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/dropin/$* $(ALSO_IN_$*)
+
+# verl's is the oldest transformers that we take, too.
+ALSO_IN_verl := $(patsubst %,tests/unit/test_%.py,families init borrowed prefix)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -132,7 +135,7 @@ $(VENV_VLLM)/.test: pyproject.toml constraints-vllm.txt tests/vllm/prepare.py te
 	test -d .venv-verl || $(PYTHON) -m venv .venv-verl
 	$(call PIP_IN,verl,constraints-verl.txt) torch
 	$(call PIP_IN,verl,constraints-verl.txt) verl TransferQueue cachetools fastapi uvicorn pytest
-	$(call PIP_IN,verl,constraints-verl.txt) --no-deps -e .
+	$(call PIP_IN,verl,constraints-verl.txt) -e ".[quickstart]"
 	touch $@
 
 .venv-openrlhf/.test: pyproject.toml constraints-openrlhf.txt

@@ -41,7 +41,7 @@ SUPPORTED: dict[str, Supported] = {
     "openrlhf": Supported("openrlhf", ">=0.11.2,<0.12", "0.11.2"),
     "swift": Supported("ms-swift", ">=4.6,<5", "4.6.0"),
     "liger": Supported("liger-kernel", ">=0.8.5,<0.9", "0.8.5"),
-    "transformers": Supported("transformers", ">=5.17", "5.19.0"),
+    "transformers": Supported("transformers", ">=5.10", "5.19.0"),
     "hub": Supported("kernels", ">=0.17,<0.18", "0.17.2"),
 }
 """Integration -> the package it is for."""

@@ -106,6 +106,7 @@ def _tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    tokenizer.eos_token = "<|im_end|>"  # transformers 5.10 takes another
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.add_special_tokens({"additional_special_tokens": [*VISION_TOKENS, VIDEO_TOKEN]})
     tokenizer.chat_template = CHAT_TEMPLATE
