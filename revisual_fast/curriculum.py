@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from revisual_fast import __version__
 from revisual_fast.checkpoint import Checkpoints, write_atomically
 from revisual_fast.config import Config, GRPOConfig
 from revisual_fast.data.processor import Processor
-from revisual_fast.data.records import BadRecordError, BadRecords, Record, load_dataset
+from revisual_fast.data.records import BadRecordError, BadRecords
 from revisual_fast.distributed import joined, world
-from revisual_fast.doctor import device_name
 from revisual_fast.evaluate import evaluate
-from revisual_fast.ops import OPS, resolve_backend
-from revisual_fast.policy.attention import pick_attention
 from revisual_fast.policy.init import build
-from revisual_fast.policy.liger import use_liger
-from revisual_fast.policy.load import (
-    check_model,
-    check_model_path,
-    export_model,
-    load_policy,
-    pick_device,
-    quiet_transformers,
-)
+from revisual_fast.policy.load import check_model_path, export_model, load_policy
 from revisual_fast.policy.model import Policy
+from revisual_fast.preflight import check_resumed, check_settings, check_stages, header, load_records, prepare_torch
 from revisual_fast.ranges import ranged, span
-from revisual_fast.rollout.build import EngineRoom, check_rollout
+from revisual_fast.rollout.build import EngineRoom
 from revisual_fast.rollout.engine import EngineError, NonFiniteLogits
 from revisual_fast.rollout.session import EngineSession
 from revisual_fast.run_dir import RunDir
 from revisual_fast.seeds import seed_for
-from revisual_fast.stages.grpo import GRPOStage, build_rewards
+from revisual_fast.stages.grpo import GRPOStage
 from revisual_fast.stages.sft import SFTStage
 from revisual_fast.stages.stage import NonFiniteError, Stage, StageContext
-from revisual_fast.stages.updates import build_objective
 from revisual_fast.stop import StopRequest, over
 from revisual_fast.telemetry import Progress, Telemetry, write_report
 from revisual_fast.telemetry.report import START
@@ -125,18 +112,10 @@ class Curriculum:
 
     def start(self) -> None:
         """What happens once, before the first stage. Whatever is wrong with a later stage comes to light here."""
-        self._prepare_torch()
+        prepare_torch(self.config.run)
         self.changes = self.run_dir.changed_settings() if self.resume else []
-        for name in self.config.curriculum:
-            stage = self.config.stages[name]
-            if isinstance(stage, GRPOConfig):
-                build_objective(stage)
-                build_rewards(name, stage)
-        model, device = self.config.model, pick_device(self.config.model.device)
-        self.attention = pick_attention(model.attention, device, getattr(torch, model.dtype))
-        self.liger = use_liger(model.liger_kernels, device)
-        check_rollout(self.config, device)
-        self.records = self._load_data()
+        self.attention, self.layers = check_settings(self.config)
+        self.records = load_records(self.config, self.bad_records)
         self.ranks.wait()  # until all have looked at the folder as it was
         if not self.ranks.main:
             self.ranks.wait()  # for the claim
@@ -160,7 +139,7 @@ class Curriculum:
         self.ranks.wait()
         check_model_path(path)
         self.processor = Processor(path, self.config.chat, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
-        self._check_stages()
+        check_stages(self.config, self.processor)
         every = [record for records in self.records.values() for record in records]
         log = "vllm.log" if self.ranks.main else f"vllm.{self.ranks.rank}.log"
         self.room = EngineRoom(self.config, self.processor, every, self.run_dir.path / log)
@@ -169,18 +148,15 @@ class Curriculum:
             self.telemetry = Telemetry(
                 self.run_dir.path, self.config.telemetry, self.run_dir.path.name, resume_from=telemetry_state
             )
-        self.header = self._header()
+        engines = [self.attention, self.room.describe(), self.layers]
+        self.header = header(self.config, self.records, self.bad_records, engines)
+        if self.resume:
+            self.header.append(f"resumed from {self.resumed_from or 'the beginning: there is no checkpoint yet'}")
+        self.header += self.changes
         for line in self.header:
             self.progress.message(line)
         self._write_run()
         self.ranks.wait()  # a start that fails on one rank is confirmed on none
-
-    def _check_stages(self) -> None:
-        """Raises ValueError for a model that is not supported, or that a stage cannot train as it says."""
-        check_model(self.config.start_model)
-        for name in self.config.curriculum:
-            if self.config.stages[name].freeze_vision and self.processor.image_token_id is None:
-                raise ValueError(f"stages.{name}.freeze_vision: this model has no vision tower; set it to false")
 
     def _restore(self) -> dict[str, Any] | None:
         """Go back to the newest checkpoint, if there is one; returns telemetry's part of it."""
@@ -193,65 +169,13 @@ class Curriculum:
         self.tensors, saved = self.checkpoints.load(self.resumed_from)
         self.state, self.stage_state = saved["run"], saved["stage"]
         self.bad_records.load_state_dict(saved["bad_records"])
-        begun = self.state["stage"] + (self.stage_state is not None)
-        before, now = saved["curriculum"][:begun], self.config.curriculum[:begun]
-        if before != now:
-            raise ValueError(f"--resume: the run has gone through {before}, but curriculum begins with {now}")
-        for name in self.config.curriculum[: self.state["stage"]]:
-            keys = [f"stages.{name}.{key}" for key in ("steps", "epochs", "max_minutes")]
-            lengths = [f": {key}:" for key in (*keys, "train.max_steps")]
-            for change in self.changes:
-                if any(key in change for key in lengths):
-                    raise ValueError(f"--resume: stage {name} is finished, so this has no effect on it: {change}")
+        check_resumed(self.config, saved, self.changes)
         if self._out_of_time() and self.state["stage"] < len(self.config.curriculum):
             raise ValueError(
                 f"--resume: the run has taken {self._seconds() / 60:.1f} of its {self.config.run.max_minutes:g} "
                 "minutes: give it more with --set run.max_minutes=..."
             )
         return saved["telemetry"]
-
-    def _prepare_torch(self) -> None:
-        if self.config.run.threads is not None:
-            torch.set_num_threads(self.config.run.threads)
-        torch.set_flush_denormal(True)
-        if self.config.run.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-            torch.use_deterministic_algorithms(True)
-        quiet_transformers()
-
-    def _load_data(self) -> dict[str, list[Record]]:
-        used = [d for name in self.config.curriculum for d in self.config.stages[name].data]
-        used += [*self.config.evaluation.heldout.values(), *self.config.evaluation.validation.values()]
-        return {name: load_dataset(name, self.config.data[name], self.bad_records) for name in dict.fromkeys(used)}
-
-    def _header(self) -> list[str]:
-        model = self.config.model
-        device = device_name(model.device)
-        lines = [f"revisual-fast {__version__} · {device} · run {self.run_dir.path} · seed {self.config.run.seed}"]
-        lines += [f"data {name}: {len(records)} records" for name, records in self.records.items()]
-        lines += [f"bad records ({reason}): {count}" for reason, count in self.bad_records.counts.items()]
-        if self.ranks.size > 1:
-            lines.append(f"ranks: {self.ranks.size}, each with a whole model and its share of the optimizer's state")
-        lines.append(f"curriculum: {' -> '.join(self.config.curriculum)}")
-        lines.append(f"backends: {', '.join(f'{op} {resolve_backend(op)}' for op in OPS)}")
-        lines.append("attention: {} ({})".format(*self.attention))
-        assert self.room is not None
-        lines.append(self.room.describe())
-        liger, why = self.liger
-        lines.append(f"liger kernels: {'on' if liger else 'off'} ({why})")
-        if (limit := self.config.run.max_minutes) is not None:
-            lines.append(f"at most {limit:g} minutes, then the run is saved and stops")
-        for name in self.config.curriculum:
-            stage = self.config.stages[name]
-            if stage.max_minutes is not None:
-                lines.append(f"{name}: at most {stage.max_minutes:g} minutes")
-            if isinstance(stage, GRPOConfig):
-                lines += [f"{name}: {line}" for line in build_rewards(name, stage).header()]
-                if stage.pad.mode in ("paper", "sample") and stage.pad.rho == 1:
-                    lines.append(f"{name}: pad.rho is 1, so the draw of pad mode {stage.pad.mode} keeps everything")
-        if self.resume:
-            lines.append(f"resumed from {self.resumed_from or 'the beginning: there is no checkpoint yet'}")
-        return [*lines, *self.changes]
 
     # -- the stages
 
