@@ -188,7 +188,7 @@ class Curriculum:
         began = time.perf_counter() - self.state["seconds"].get(name, 0.0)
         stage = self.build_stage(name)
         self.progress.message(f"{name}: {stage.describe()}")
-        self.progress.stage(name, stage.total_steps, stage.steps)
+        self.progress.stage(name, stage.total_steps, stage.steps, self._seconds_left(name))
         try:
             self._steps(name, stage, began)
             self._evaluate(stage.policy, name, stage.steps, "heldout")
@@ -231,6 +231,14 @@ class Curriculum:
     def _seconds(self) -> float:
         """What training and evaluation have taken so far."""
         return sum(self.state["seconds"].values())
+
+    def _seconds_left(self, name: str) -> float | None:
+        """What the limits of time leave to a stage, if there are any."""
+        limits = [
+            (self.config.stages[name].max_minutes, self.state["seconds"].get(name, 0.0)),
+            (self.config.run.max_minutes, self._seconds()),
+        ]
+        return min((60 * minutes - seconds for minutes, seconds in limits if minutes is not None), default=None)
 
     def _stopped(self, place: str, saved: Path | None) -> Interrupted:
         """What to raise where the run stops, after ``place``."""

@@ -8,7 +8,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -38,6 +46,7 @@ class Progress:
         self._task: TaskID | None = None
         self._name, self._total, self._done, self._first = "", 0, 0, 0
         self._started = self._printed = time.monotonic()
+        self._limit: float | None = None
         self._metrics: Mapping[str, Any] = {}
 
     @classmethod
@@ -45,15 +54,16 @@ class Progress:
         """One that shows and prints nothing."""
         return cls(False, console=Console(quiet=True))
 
-    def stage(self, name: str, total: int, completed: int = 0) -> None:
-        """Begin (or, with ``completed`` steps already done, continue) a stage of ``total`` steps."""
+    def stage(self, name: str, total: int, completed: int = 0, limit: float | None = None) -> None:
+        """Begin (or, with ``completed`` steps already done, continue) a stage of ``total`` steps, which ends after
+        ``limit`` more seconds at the latest."""
         self._finish_stage()
         self._name, self._total, self._done, self._first = name, total, completed, completed
         self._started = self._printed = time.monotonic()
-        self._metrics = {}
+        self._metrics, self._limit = {}, limit
         if self._bars is not None:
             self._bars.start()
-            self._task = self._bars.add_task(name, total=total, completed=completed)
+            self._task = self._bars.add_task(name, total=total, completed=completed, limit=limit)
             self._bars.status("", self._metrics)
         elif self._plain:
             already = f", {completed} done" if completed else ""
@@ -100,8 +110,19 @@ class Progress:
         parts = [f"{self._name} {self._done}/{self._total} ({share:.0%})", f"{_clock(seconds)} elapsed"]
         if self._first < self._done < self._total:
             rate = seconds / (self._done - self._first)
-            parts.append(f"ETA {_clock(rate * (self._total - self._done))}")
+            parts.append(f"ETA {_clock(_within(self._limit, seconds, rate * (self._total - self._done)))}")
         self.message(", ".join([*parts, *_describe(self._metrics)]))
+
+
+class _Remaining(TimeRemainingColumn):
+    """The time that is left of the steps, or of the stage's limit where that is less."""
+
+    def render(self, task: Task) -> Text:
+        left, limit = task.time_remaining, task.fields["limit"]
+        if limit is None or task.finished or task.elapsed is None:
+            return super().render(task)
+        left = _within(limit, task.elapsed, limit if left is None else left)
+        return Text(_clock(left), style="progress.remaining")
 
 
 class _Bars(Bars):
@@ -116,7 +137,7 @@ class _Bars(Bars):
             TextColumn("[progress.percentage]{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TextColumn("[dim]ETA"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+            _Remaining(),
             console=console,
             refresh_per_second=4,
             speed_estimate_period=600,
@@ -143,6 +164,11 @@ def _describe(metrics: Mapping[str, Any]) -> list[str]:
             value = metrics[key]
             shown.append(f"{label} {'not finite' if value is None else form.format(value)}")
     return shown
+
+
+def _within(limit: float | None, elapsed: float, left: float) -> float:
+    """Of ``left`` seconds those that a limit leaves, ``elapsed`` seconds after it was set."""
+    return left if limit is None else max(0.0, min(left, limit - elapsed))
 
 
 def _clock(seconds: float) -> str:

@@ -9,7 +9,7 @@ import pytest
 from revisual_fast import curriculum
 from revisual_fast.cli import main
 from revisual_fast.curriculum import Curriculum
-from revisual_fast.telemetry import read_jsonl
+from revisual_fast.telemetry import Progress, read_jsonl
 from tests.integration.test_resume import assert_same_run
 
 
@@ -70,10 +70,13 @@ def test_a_run_stops_when_its_minutes_are_over_and_continues_exactly(minutes, sm
     assert_same_run(tmp_path / "straight", run)
 
 
-def test_time_of_a_stage_is_kept_over_a_resumption(minutes, small_run, tmp_path, capsys):
+def test_time_of_a_stage_is_kept_over_a_resumption(minutes, small_run, tmp_path, capsys, monkeypatch):
+    left = []
+    monkeypatch.setattr(Progress, "stage", lambda self, name, total, done, seconds: left.append((name, done, seconds)))
     limits = ["--set", "stages.rl.max_minutes=3"]
     assert train(small_run, tmp_path / "run", *limits, "--set", "run.max_minutes=5") == 124
     assert train(small_run, tmp_path / "run", *limits, "--resume") == 0
+    assert left == [("warm", 0, 300), ("rl", 0, 120), ("rl", 2, 60)]
     assert "rl: ends after step 3 of 4: its 3 minutes are over" in capsys.readouterr().out
     again = ["--set", "stages.rl.max_minutes=9", "--resume"]
     assert train(small_run, tmp_path / "run", *again) == 1

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from revisual_fast.config import TelemetryConfig
 from revisual_fast.telemetry import Progress, Telemetry, TelemetryError, read_jsonl
+from revisual_fast.telemetry import progress as progress_module
 from revisual_fast.telemetry.sinks import FILES
 
 CONFIG = TelemetryConfig()
@@ -230,6 +231,19 @@ def test_without_a_terminal_progress_is_plain_lines() -> None:
     assert "ETA" not in end
 
 
+@pytest.mark.parametrize(
+    ("limit", "left"), [(None, "0:01:39"), (200.0, "0:01:39"), (60.0, "0:00:59"), (0.5, "0:00:00")]
+)
+def test_a_limit_of_time_is_in_the_eta(limit: float | None, left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=7.0)
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    progress, out = plain(interval=0.0)
+    progress.stage("mrl", total=100, limit=limit)
+    clock.now += 1
+    progress.update({"step": 1})
+    assert out.getvalue().splitlines()[1] == f"mrl 1/100 (1%), 0:00:01 elapsed, ETA {left}"
+
+
 def test_plain_lines_keep_their_distance() -> None:
     progress, out = plain(interval=3600.0)
     progress.stage("mrl", total=100)
@@ -256,12 +270,12 @@ def test_in_a_terminal_progress_draws_bars_phase_and_metrics() -> None:
     progress.phase("evaluate visual")
     progress.stage("cold_start", total=2, completed=0)
     progress.update({"step": 2, "loss": 0.25})
-    progress.stage("mrl", total=8, completed=2)
+    progress.stage("mrl", total=8, completed=2, limit=7200)
     progress.phase("rollout")
     progress.update({"step": 3, **METRICS})
     progress.message("a warning")
     progress.close()
     progress.close()
     shown = out.getvalue()
-    for text in ("cold_start", "2/2", "mrl", "3/8", "reward 0.500", "rollout 12,346 tok/s", "a warning"):
+    for text in ("cold_start", "2/2", "mrl", "3/8", "reward 0.500", "rollout 12,346 tok/s", "a warning", "2:00:00"):
         assert text in shown
