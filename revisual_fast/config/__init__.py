@@ -71,6 +71,8 @@ class TelemetryConfig(Section):
     samples_every: Positive = 10
     """Steps between stored sample rollouts."""
     progress: bool = True
+    plots: bool = True
+    """Whether reports have pictures while the run goes on; ``revisual-fast report`` draws them in any case."""
 
 
 class Config(Section):

@@ -89,6 +89,7 @@ def plot_run(run_dir: str | Path) -> dict[str, Path]:
             folder.mkdir(parents=True, exist_ok=True)
             paths[name] = folder / f"{name}.png"
             figure.savefig(paths[name], dpi=200)
+            figure.set_layout_engine(None)  # it stays as it is laid out now
             figure.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
     return paths
 

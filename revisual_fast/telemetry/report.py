@@ -39,9 +39,10 @@ _COMPLETIONS_PER_SAMPLE = 8
 _IMAGE_PIXELS = 640
 
 
-def write_report(run_dir: str | Path) -> tuple[Path, Path]:
-    """Write ``report.json``, ``report.html``, ``report.md`` and ``plots/`` into ``run_dir``; return the paths of the
-    first two.
+def write_report(run_dir: str | Path, *, plots: bool = True) -> tuple[Path, Path]:
+    """Write ``report.json``, ``report.html``, ``report.md`` and, unless told not to, ``plots/`` into ``run_dir``.
+
+    Returns the paths of the first two.
 
     ``report.json``: ``{"stages": [{"name", "kind", "seconds", "steps", "heldout": {name: accuracy}, "tokens":
     {"rollout", "update"}, "tokens_per_second": {"rollout", "update", "step"}, "trends": {metric: [first, last]},
@@ -66,13 +67,13 @@ def write_report(run_dir: str | Path) -> tuple[Path, Path]:
         "missing": missing,
     }
     json_path, html_path = run_dir / "report.json", run_dir / "report.html"
-    plots = {
-        name: _data_uri(path.with_suffix(".svg").read_bytes(), "svg+xml") for name, path in plot_run(run_dir).items()
-    }
-    page = _render(run_dir, run, report, plots, _pick_samples(run_dir, samples, [stage["name"] for stage in stages]))
+    drawn = plot_run(run_dir) if plots else {}
+    pictures = {name: _data_uri(path.with_suffix(".svg").read_bytes(), "svg+xml") for name, path in drawn.items()}
+    page = _render(run_dir, run, report, pictures, _pick_samples(run_dir, samples, [stage["name"] for stage in stages]))
     _replace(json_path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     _replace(html_path, page)
-    plot_overview(run_dir)
+    if plots:
+        plot_overview(run_dir)
     tests = [record for record in evaluations if record["kind"] == "heldout"]
     _replace(run_dir / "report.md", _markdown(run_dir, report, tests))
     return json_path, html_path

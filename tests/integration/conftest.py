@@ -56,7 +56,7 @@ def write_small_run(folder: Path, model: Path) -> Path:
             "max_samples": 4,
             "max_response_tokens": 8,
         },
-        "telemetry": {"progress": False, "samples_every": 1},
+        "telemetry": {"progress": False, "samples_every": 1, "plots": False},
     }
     (folder / "rewards.py").write_text(
         "def score(completions):\n    return [sum(map(ord, c.text)) % 7 / 7 for c in completions]\n"

@@ -17,8 +17,17 @@ def test_train_then_eval_and_report(small_run, tmp_path, capsys):
     assert main(["eval", str(small_run), "--model", str(tmp_path / "run/models/warm")]) == 0
     assert f"visual: accuracy {heldout:.4f}, n 4" in capsys.readouterr().out
     (tmp_path / "run/report.html").unlink()
+    assert not (tmp_path / "run/plots").exists(), "telemetry.plots is false here"
     assert main(["report", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run/report.html").exists()
+    assert (tmp_path / "run/plots/overview.png").exists()
+
+
+def test_a_run_draws_its_pictures_by_itself(small_run, tmp_path):
+    settings = ["--set", "train.max_steps=1", "--set", "curriculum=[warm]", "--set", "telemetry.plots=true"]
+    assert main(["train", str(small_run), *settings]) == 0
+    assert "plots/overview.png" in (tmp_path / "run/report.md").read_text()
+    assert "data:image/svg+xml" in (tmp_path / "run/report.html").read_text()
 
 
 @pytest.mark.parametrize(
