@@ -15,6 +15,8 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from revisual_fast.policy.families import Family
@@ -34,6 +36,9 @@ def use_liger(setting: Literal["auto"] | bool, device: torch.device) -> tuple[bo
         missing, fix = f"they need a CUDA device and this is {device.type}", "set it to auto"
     elif importlib.util.find_spec("liger_kernel") is None:
         missing, fix = "liger-kernel is not installed", "pip install liger-kernel, or set it to auto"
+    elif Version(transformers.__version__).release < (5, 17):
+        missing = f"they need transformers 5.17, and {transformers.__version__} is installed"
+        fix = "pip install -U transformers, or set it to auto"
     else:
         return True, f"liger-kernel is installed, and the device is {device.type}"
     if setting is True:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from revisual_fast.config import ModelConfig
+from revisual_fast.policy import liger
 from revisual_fast.policy.families import Qwen2_5VL
 from revisual_fast.policy.liger import apply_liger, use_liger
 from revisual_fast.policy.load import load_policy
@@ -168,6 +169,10 @@ def test_when_they_are_used(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert use_liger(True, CPU)[0]
     assert not use_liger("auto", CPU)[0]
+    monkeypatch.setattr(liger.transformers, "__version__", "5.10.4")
+    assert use_liger("auto", CUDA) == (False, "they need transformers 5.17, and 5.10.4 is installed")
+    with pytest.raises(ValueError, match="pip install -U transformers"):
+        use_liger(True, CUDA)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert use_liger("auto", CUDA) == (False, "liger-kernel is not installed")
     for device in (CPU, CUDA):
