@@ -104,8 +104,11 @@ class Curriculum:
                 name = self.config.curriculum[self.state["stage"]]
                 with span(f"stage {name}"):
                     self._run_stage(name)
-                if self.state["stage"] < len(self.config.curriculum) and self._has_to_stop():
-                    raise self._stopped(f"{name}, which is finished", self.checkpoints.latest())
+                    if self.state["stage"] == len(self.config.curriculum):
+                        break
+                    if self._has_to_stop():
+                        raise self._stopped(f"{name}, which is finished", self.checkpoints.latest())
+                    self._report()
         return self._report()
 
     # -- set-up
@@ -202,8 +205,6 @@ class Curriculum:
         self._note(name, time.perf_counter() - began, stage.steps, stage.skipped)
         self.state["stage"] += 1
         self._save(stage.policy, None)
-        if self.state["stage"] < len(self.config.curriculum):  # after the last one, the run's own report comes at once
-            self._report()
 
     def _steps(self, name: str, stage: Stage, began: float) -> None:
         limit = self.config.stages[name].max_minutes

@@ -92,12 +92,13 @@ def header(config: Config, records: dict[str, list[Record]], bad_records: BadRec
     lines.append(f"curriculum: {' -> '.join(config.curriculum)}")
     lines.append(f"backends: {', '.join(f'{op} {resolve_backend(op)}' for op in OPS)}")
     lines += engines
+    rl = _rl(config)
     if (limit := config.run.max_minutes) is not None:
         lines.append(f"at most {limit:g} minutes, then the run is saved and stops")
     for name in config.curriculum:
         if (limit := config.stages[name].max_minutes) is not None:
             lines.append(f"{name}: at most {limit:g} minutes")
-        if (stage := _rl(config).get(name)) is not None:
+        if (stage := rl.get(name)) is not None:
             lines += [f"{name}: {line}" for line in build_rewards(name, stage).header()]
             if stage.pad.mode in ("paper", "sample") and stage.pad.rho == 1:
                 lines.append(f"{name}: pad.rho is 1, so the draw of pad mode {stage.pad.mode} keeps everything")
